@@ -1,0 +1,24 @@
+"""Model packages: the signed folder that is served. Contract, signing, verification."""
+
+from endcap.package.contract import (
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    MODEL_CARD_FILE,
+    POPULAR_FILE,
+    SIGNATURE_FILE,
+    Manifest,
+    Task,
+    TensorSpec,
+    Variant,
+    read_items,
+    read_manifest,
+    read_popular,
+    seal,
+)
+from endcap.package.signing import ensure_signing_key, sign_package, verify_package
+
+__all__ = [
+    "ITEMS_FILE", "MANIFEST_FILE", "MODEL_CARD_FILE", "POPULAR_FILE", "SIGNATURE_FILE",
+    "Manifest", "Task", "TensorSpec", "Variant",
+    "ensure_signing_key", "read_items", "read_manifest", "read_popular", "seal", "sign_package", "verify_package",
+]  # fmt: skip

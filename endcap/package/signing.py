@@ -1,0 +1,114 @@
+"""Signing and verification by OpenSSF model-signing (https://github.com/sigstore/model-transparency, spec v1.0).
+
+The signature covers a hash of every file in the package, the manifest included. Keys are elliptic-curve (P-256) PEM
+files; the private one is made on first use and kept readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from endcap.errors import PackageError, VerificationError
+from endcap.files import write_atomic
+from endcap.package.contract import SIGNATURE_FILE, Manifest, read_manifest, verify_digests
+
+__all__ = ["PRIVATE_KEY_FILE", "PUBLIC_KEY_FILE", "ensure_signing_key", "sign_package", "verify_package"]
+
+PRIVATE_KEY_FILE = "signing.key"
+PUBLIC_KEY_FILE = "signing.pub"
+
+
+def ensure_signing_key(folder: Path) -> tuple[Path, Path]:
+    """The (private, public) key files in ``folder``, made on first use; the private one has mode 0600.
+
+    Raises:
+        PackageError: the private key can be read by others, or is damaged.
+    """
+    private, public = folder / PRIVATE_KEY_FILE, folder / PUBLIC_KEY_FILE
+    if not private.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        write_atomic(
+            private,
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ),
+            mode=0o600,
+        )
+    if private.stat().st_mode & 0o077:
+        raise PackageError("the signing key can be read by others", where=private,
+                           next_step=f"chmod 600 {private}, and think about a new key")  # fmt: skip
+    if not public.exists():
+        try:
+            loaded = serialization.load_pem_private_key(private.read_bytes(), password=None)
+        except ValueError as error:
+            raise PackageError("the signing key is damaged", where=private) from error
+        write_atomic(
+            public,
+            loaded.public_key().public_bytes(
+                serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+            ),
+        )
+    return private, public
+
+
+def sign_package(folder: Path, private_key: Path) -> Path:
+    """Sign a sealed package; returns the signature file.
+
+    Raises:
+        PackageError: the package is not sealed, or the key cannot be used.
+    """
+    import model_signing
+
+    manifest = read_manifest(folder)
+    verify_digests(folder, manifest)
+    signature = folder / SIGNATURE_FILE
+    try:
+        model_signing.signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(
+            _hashing(signature)
+        ).sign(folder, signature)
+    except (ValueError, OSError, TypeError) as error:
+        raise PackageError(f"could not sign: {error}", where=folder) from error
+    return signature
+
+
+def verify_package(folder: Path, public_key: Path) -> Manifest:
+    """The manifest of a package whose signature and digests verify. Call it before anything of the package is loaded.
+
+    Raises:
+        VerificationError: unsigned, signed with another key, or changed since.
+        PackageError: not a package at all.
+    """
+    import model_signing
+
+    signature = folder / SIGNATURE_FILE
+    if not folder.is_dir():
+        raise PackageError("no such package folder", where=folder)
+    if not signature.is_file():
+        raise VerificationError("the package is not signed", where=folder,
+                                next_step="sign it with `endcap model sign`")  # fmt: skip
+    if not public_key.is_file():
+        raise VerificationError("no public key to verify with", where=public_key)
+    try:
+        model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(
+            _hashing(signature)
+        ).verify(folder, signature)
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in verifying, the answer is no
+        raise VerificationError(f"the signature does not verify ({_first_line(error)})", where=folder,
+                                next_step="get the package again from the registry; do not load this one") from error  # fmt: skip
+    manifest = read_manifest(folder)
+    verify_digests(folder, manifest)
+    return manifest
+
+
+def _hashing(signature: Path):  # type: ignore[no-untyped-def]
+    import model_signing
+
+    return model_signing.hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

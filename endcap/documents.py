@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -65,7 +66,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", __import__("re").compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
@@ -85,7 +86,8 @@ def load_documents(path: Path, kinds: Sequence[type[D]]) -> list[D]:
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8 text", where=path) from error
     try:
-        raw: list[Any] = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]  # noqa: S506 - a SafeLoader
+        # _Loader is a SafeLoader.
+        raw: list[Any] = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"not YAML: {' '.join(str(error).split())}", where=path) from error
     found: list[D] = []

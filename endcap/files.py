@@ -68,8 +68,11 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise StateError("the file is missing", where=path) from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise StateError(f"damaged, not JSON ({error})", where=path,
-                         next_step="restore the file from a backup, or move it away to start anew") from error  # fmt: skip
+        raise StateError(
+            f"damaged, not JSON ({error})",
+            where=path,
+            next_step="restore the file from a backup, or move it away to start anew",
+        ) from error
 
 
 class JsonLines:

@@ -123,9 +123,7 @@ class ObjectivesDocument(Document):
     spec: ObjectivesSpec
 
     def to_domain(self) -> Objectives:
-        return Objectives(
-            self.metadata.name, self.spec.service, tuple(o.to_domain() for o in self.spec.objectives)
-        )
+        return Objectives(self.metadata.name, self.spec.service, tuple(o.to_domain() for o in self.spec.objectives))
 
 
 def load_objectives(path: Path) -> Objectives:

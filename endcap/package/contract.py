@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from endcap import API_VERSION
 from endcap.documents import Name, describe_validation
 from endcap.errors import PackageError, VerificationError
 from endcap.files import sha256_file, write_json
@@ -58,7 +57,7 @@ class _Model(BaseModel):
 
 
 class TensorSpec(_Model):
-    """One tensor of the graph. ``datatype`` is the Open Inference Protocol's name (INT64, FP32, ...); -1 is any size."""
+    """One tensor of the graph. ``datatype`` is the Open Inference Protocol's name (INT64, ...); -1 is any size."""
 
     name: str
     datatype: Literal["BOOL", "INT8", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"]
@@ -73,7 +72,7 @@ class Variant(_Model):
 
 
 class Manifest(_Model):
-    api_version: Literal["endcap.dev/v1alpha1"] = API_VERSION
+    api_version: Literal["endcap.dev/v1alpha1"] = "endcap.dev/v1alpha1"
     kind: Literal["ModelPackage"] = "ModelPackage"
     name: Name
     task: Task

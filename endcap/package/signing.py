@@ -7,6 +7,7 @@ files; the private one is made on first use and kept readable by its owner alone
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -95,15 +96,18 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
         model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(
             _hashing(signature)
         ).verify(folder, signature)
-    except Exception as error:  # noqa: BLE001 - whatever goes wrong in verifying, the answer is no
-        raise VerificationError(f"the signature does not verify ({_first_line(error)})", where=folder,
-                                next_step="get the package again from the registry; do not load this one") from error  # fmt: skip
+    except Exception as error:
+        raise VerificationError(
+            f"the signature does not verify ({_first_line(error)})",
+            where=folder,
+            next_step="get the package again from the registry; do not load this one",
+        ) from error
     manifest = read_manifest(folder)
     verify_digests(folder, manifest)
     return manifest
 
 
-def _hashing(signature: Path):  # type: ignore[no-untyped-def]
+def _hashing(signature: Path) -> Any:
     import model_signing
 
     return model_signing.hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)

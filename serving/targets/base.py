@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from endcap.evidence import Counts
+
 __all__ = ["Counts", "ModelVersion", "Observation", "Target", "VersionObservation"]
 
 
@@ -25,16 +27,8 @@ class ModelVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Good events out of all events, cumulative since the target started."""
-
-    good: int = 0
-    total: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class VersionObservation:
-    """What one version did, since the target started.
+    """What one version did, cumulative since the target started.
 
     ``attempts``: requests that the gateway sent to it, retries included; good = answered with no server error.
     ``within_ms``: by threshold, attempts *answered* in that time out of all answered attempts.

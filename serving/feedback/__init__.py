@@ -1,0 +1,1 @@
+"""The feedback collector: durable, append-only, once per impression. Started by ``python -m serving.feedback``."""

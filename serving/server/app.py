@@ -1,0 +1,203 @@
+"""The model server's HTTP face: routes, status codes, headers. What is decided is decided elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import orjson
+
+from endcap.errors import EndcapError, InputError
+from serving import asgi, impressions
+from serving.asgi import BodyTooLargeError, Headers, Receive, Scope, Send
+from serving.server import oip
+from serving.server.engine import GraphError, GraphTimeoutError
+from serving.server.metrics import ServerMetrics
+from serving.server.recommend import parse_request
+from serving.server.service import OverloadedError, Pool, Service
+
+__all__ = ["Replica", "ServerApp"]
+
+log = logging.getLogger("serving.server")
+
+RECOMMEND_PATH = "/v1/recommend"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """Who this process is. ``version`` is the MLflow registry version that it serves."""
+
+    version: str
+    zone: str
+
+
+class ServerApp:
+    """ASGI. Answers 503 until :meth:`open` was called with a loaded package, and on readiness while draining."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        pool: Pool,
+        *,
+        impression_key: bytes | None,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
+        self.draining = False
+        self.metrics = ServerMetrics(replica.version)
+        self._replica = replica
+        self._pool = pool
+        self._key = impression_key
+        self._now_s = now_s
+        self._service: Service | None = None
+        self._headers: Headers = (
+            (b"x-endcap-version", replica.version.encode()),
+            (b"x-endcap-zone", replica.zone.encode()),
+        )
+        # Envoy stops sending to a host that says this, without waiting for its next health check.
+        self._draining_headers: Headers = (*self._headers, (b"x-envoy-immediate-health-check-fail", b"true"))
+
+    def open(self, service: Service) -> None:
+        """Begin to answer."""
+        self.metrics.verification_s.set(service.verification_s)
+        self.metrics.load_s.set(service.load_s)
+        self.metrics.ready.set(1)
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        if path == RECOMMEND_PATH:
+            await self._measured("recommend", scope, receive, send)
+        elif path.startswith("/v2/models/") and path.endswith("/infer"):
+            await self._measured("infer", scope, receive, send)
+        else:
+            await self._look(path, scope, send)
+
+    async def _send(self, send: Send, status: int, body: bytes, *more: tuple[bytes, bytes],
+                    content_type: bytes = b"application/json") -> None:  # fmt: skip
+        headers = self._draining_headers if self.draining else self._headers
+        await asgi.send_answer(send, status, body, (*headers, *more) if more else headers, content_type=content_type)
+
+    async def _measured(self, route: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request of a model and count it, whatever happens."""
+        begun_s = time.perf_counter()
+        try:
+            if scope["method"] != "POST":
+                await self._send(send, 405, self._error(route, _method_error("POST")), (b"allow", b"POST"))
+                return
+            body = await asgi.read_body(scope, receive)
+            begun_s = time.perf_counter()
+            service = self._service
+            if service is None:
+                raise NotReadyError("the model is being verified and loaded", where="server",
+                                    next_step="try another replica, or later")  # fmt: skip
+            answer = await (self._recommend(service, body) if route == "recommend"
+                            else self._infer(service, scope["path"], body))  # fmt: skip
+            status, outcome = 200, "answered"
+        except ConnectionError:
+            return
+        except EndcapError as error:
+            status, outcome = _status(error)
+            answer = self._error(route, error)
+            if status >= 500:
+                log.warning("%s %d: %s", route, status, error.what)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not kill the replica, nor log a history
+            log.error("%s failed by a fault of the server: %s", route, type(error).__name__)
+            status, outcome = 500, "failed"
+            answer = self._error(route, EndcapError("a fault of the server", where=route))
+        await self._send(send, status, answer)
+        self.metrics.attempts[route, outcome].inc()
+        self.metrics.latency[route].observe(time.perf_counter() - begun_s)
+
+    async def _recommend(self, service: Service, body: bytes) -> bytes:
+        request = parse_request(body, max_k=service.manifest.top_k)
+        answer = await service.recommend(request, self._pool)
+        if answer.fallback is not None:
+            self.metrics.popular.inc()
+        token: str | None = None
+        if self._key is not None:
+            _, token = impressions.mint(
+                self._key, version=self._replica.version, shopper=request.shopper, now_s=self._now_s()
+            )
+        return orjson.dumps({
+            "items": answer.items, "scores": answer.scores, "version": self._replica.version,
+            "impression": token, "fallback": answer.fallback,
+        })  # fmt: skip
+
+    async def _infer(self, service: Service, path: str, body: bytes) -> bytes:
+        if self._model(service, path, "/infer") is None:
+            raise UnknownModelError("no such model", where=path, next_step=f"ask for {service.manifest.name}")
+        request = oip.parse_infer(body, service.manifest)
+        service.catalogue.check_indices(request.inputs, service.manifest.inputs[0].name)
+        outputs = await self._pool.run(service.engine, request.inputs)
+        return oip.format_answer(request, outputs, service.manifest, version=self._replica.version)
+
+    async def _look(self, path: str, scope: Scope, send: Send) -> None:
+        """Health, metadata and metrics: cheap, never waiting for the graph."""
+        if scope["method"] not in ("GET", "HEAD"):
+            await self._send(send, 405, oip.error_text(_method_error("GET")), (b"allow", b"GET"))
+            return
+        service = self._service
+        ready = service is not None and not self.draining
+        if path == "/v2/health/live":
+            await self._send(send, 200, b'{"live":true}')
+        elif path == "/v2/health/ready":
+            await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
+        elif path == "/metrics":
+            self.metrics.in_flight.set(self._pool.waiting)
+            await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
+        elif path in ("/v2", "/v2/"):
+            await self._send(send, 200, oip.server_metadata(self._replica.version))
+        elif service is None:
+            await self._send(send, 503, oip.error_text(NotReadyError("the model is being verified and loaded")))
+        elif self._model(service, path, "/ready") is not None:
+            await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
+        elif self._model(service, path, "") is not None:
+            await self._send(send, 200, oip.metadata(service.manifest, version=self._replica.version))
+        else:
+            await self._send(send, 404, oip.error_text(InputError("no such path", where=path)))
+
+    def _model(self, service: Service, path: str, verb: str) -> str | None:
+        """The model's name when ``path`` is ``/v2/models/{name}[/versions/{version}]{verb}`` of ours."""
+        name, version = service.manifest.name, self._replica.version
+        if path in (f"/v2/models/{name}{verb}", f"/v2/models/{name}/versions/{version}{verb}"):
+            return name
+        return None
+
+    @staticmethod
+    def _error(route: str, error: EndcapError) -> bytes:
+        return oip.error_text(error) if route == "infer" else asgi.error_body(error)
+
+
+class NotReadyError(EndcapError):
+    """Nothing is loaded yet."""
+
+
+class UnknownModelError(InputError):
+    """A model that this server does not hold: 404."""
+
+
+def _method_error(allowed: str) -> InputError:
+    return InputError("method not allowed", where="method", next_step=f"use {allowed}")
+
+
+def _status(error: EndcapError) -> tuple[int, str]:
+    """HTTP status and outcome of an error."""
+    match error:
+        case BodyTooLargeError():
+            return 413, "refused"
+        case UnknownModelError():
+            return 404, "refused"
+        case InputError():
+            return 400, "refused"
+        case NotReadyError() | OverloadedError():
+            return 503, "shed"
+        case GraphTimeoutError():
+            return 504, "timed_out"
+        case GraphError():
+            return 500, "failed"
+        case _:
+            return 500, "failed"

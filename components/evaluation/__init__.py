@@ -1,0 +1,22 @@
+"""Offline quality: metrics, intervals, the comparison with the champion and the gate."""
+
+from components.evaluation.evaluation import (
+    Evaluation,
+    Lengths,
+    ModelQuality,
+    Paired,
+    Ranked,
+    evaluate,
+    read_evaluation,
+    with_measured,
+    write_evaluation,
+)
+from components.evaluation.gate import GateDecision, decide_gate
+from components.evaluation.intervals import Estimate, estimate, resampled_means
+from components.evaluation.metrics import CUTOFFS, METRICS, catalogue_coverage, per_shopper, popularity_lift
+
+__all__ = [
+    "CUTOFFS", "METRICS", "Estimate", "Evaluation", "GateDecision", "Lengths", "ModelQuality", "Paired", "Ranked",
+    "catalogue_coverage", "decide_gate", "estimate", "evaluate", "per_shopper", "popularity_lift", "read_evaluation",
+    "resampled_means", "with_measured", "write_evaluation",
+]  # fmt: skip

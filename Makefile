@@ -1,0 +1,80 @@
+# endcap: every target sets up what it needs first; `make help` lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+UV := .tools/bin/uv
+ROLES := server pipeline load drills controller local
+GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
+COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
+OUT ?= out/demo
+
+.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- set-up: from the hash-locked list, never "latest" -------------------------------------------------------------
+
+$(UV): locks/uv.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "endcap needs Python 3.11; found $$($(PYTHON) --version). Say which with: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -m venv --clear .tools || \
+	  { echo "this Python cannot make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 2; }
+	@.tools/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r locks/uv.txt
+	@touch $@
+
+$(VENV)/.ready: $(UV) locks/all.txt pyproject.toml
+	@echo "setting up $(VENV) from locks/all.txt (once; about a minute, 7 GB)"
+	@test -x $(BIN)/python || $(UV) venv -q --python "$(PYTHON)" $(VENV)
+	@$(UV) pip sync -q --python $(BIN)/python --require-hashes --compile-bytecode locks/all.txt
+	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
+	@touch $@
+
+setup: $(VENV)/.ready ## set up everything that the other targets need
+
+lock: $(UV) ## resolve pyproject.toml anew into locks/ (the only target that looks for newer versions)
+	$(COMPILE) pyproject.toml $(GROUPS) -o locks/all.txt
+	for role in $(ROLES); do $(COMPILE) pyproject.toml --group $$role -c locks/all.txt --no-annotate -o locks/$$role.txt; done
+	$(COMPILE) locks/uv.in -o locks/uv.txt
+
+# ---- the two commands ----------------------------------------------------------------------------------------------
+
+demo: setup ## the main job, end to end, on this machine; ends by printing where the report is
+	@$(BIN)/endcap demo --out $(OUT)
+
+test: setup ## every test that this machine can run
+	@$(BIN)/python -m pytest tests
+
+# ---- for those who change the code ---------------------------------------------------------------------------------
+
+test-unit: setup ## the fast tests
+	@$(BIN)/python -m pytest tests/unit
+
+test-local: setup ## the tests with real processes
+	@$(BIN)/python -m pytest tests/local
+
+lint: setup ## ruff and the layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+
+type: setup ## mypy --strict
+	@$(BIN)/mypy
+
+check: lint type ## lint and type
+
+format: setup ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench-training: setup ## train to convergence on Beauty beside RecBole's SASRec (about an hour)
+	@$(BIN)/python -m benchmarks.training
+
+clean: ## remove what the runs left (keeps the environment)
+	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

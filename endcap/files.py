@@ -111,7 +111,7 @@ class JsonLines:
 
 def _drop_torn_tail(path: Path) -> None:
     """A writer that was killed may leave half a line at the end; the record was never acknowledged: drop it."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,0 +1,1 @@
+"""Training: batches, the loop, checkpoints. Plain functions over arrays; the pipeline's component wraps them."""

@@ -145,6 +145,6 @@ class Writer:
 
 
 def _ours(error: Exception) -> EndcapError:
-    return (
-        error if isinstance(error, EndcapError) else EndcapError(f"a fault of the collector ({type(error).__name__})")
-    )
+    if isinstance(error, EndcapError):
+        return error
+    return EndcapError(f"a fault of the collector ({type(error).__name__})")

@@ -76,9 +76,11 @@ def parse_infer(body: bytes, manifest: Manifest) -> InferRequest:
 def _wanted(outputs: object, manifest: Manifest) -> tuple[str, ...] | None:
     if outputs is None or outputs == []:
         return None
+    if not isinstance(outputs, list):
+        raise InputError("outputs must be a list", where="outputs")
     known = [spec.name for spec in manifest.outputs]
     names: list[str] = []
-    for place, output in enumerate(outputs if isinstance(outputs, list) else [outputs]):
+    for place, output in enumerate(outputs):
         name = output.get("name") if isinstance(output, dict) else None
         if name not in known:
             raise InputError("no such output", where=f"outputs.{place}", next_step=f"ask for: {', '.join(known)}")

@@ -1,0 +1,90 @@
+"""Impression tokens name who served them and cannot be forged."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endcap.errors import InputError
+from serving import impressions
+
+KEY = bytes(range(32))
+LABELS = st.text("abcXYZ019._-", min_size=1, max_size=64)
+TIMES = st.floats(0, 4e9)
+
+
+@given(version=LABELS, shopper=st.text(max_size=300), now_s=TIMES)
+def test_what_was_minted_is_read_back(version: str, shopper: str, now_s: float) -> None:
+    identity, token = impressions.mint(KEY, version=version, shopper=shopper, now_s=now_s)
+    impression = impressions.read(KEY, token)
+    assert (impression.id, impression.version) == (identity, version)
+    assert abs(impression.issued_at_s - now_s) < 1e-6 * max(1.0, now_s / 1e9)
+    assert len(token) < 300
+    assert token.isascii()
+
+
+def test_equal_shoppers_share_a_hash_that_needs_the_key_and_ids_differ() -> None:
+    def hash_of(key: bytes, shopper: str) -> str:
+        return impressions.read(key, impressions.mint(key, version="1", shopper=shopper, now_s=1.0)[1]).shopper_hash
+
+    assert hash_of(KEY, "7") == hash_of(KEY, "7") != hash_of(KEY, "8")
+    assert hash_of(KEY, "7") != hash_of(KEY[::-1], "7")
+    assert len({impressions.mint(KEY, version="1", shopper="7", now_s=1.0)[0] for _ in range(100)}) == 100
+
+
+@given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_one_changed_bit_is_refused(place: int, bit: int) -> None:
+    _, token = impressions.mint(KEY, version="12", shopper="7", now_s=1.5)
+    raw = bytearray(token.encode())
+    raw[place % len(raw)] ^= 1 << bit
+    with pytest.raises(InputError):
+        impressions.read(KEY, raw.decode("latin-1"))
+
+
+@given(st.one_of(st.text(max_size=400), st.binary(max_size=220).map(lambda raw: raw.hex())))
+def test_any_text_is_refused_and_nothing_else_is_raised(text: str) -> None:
+    with pytest.raises(InputError):
+        impressions.read(KEY, text)
+
+
+def test_a_token_of_another_key_is_refused() -> None:
+    _, token = impressions.mint(KEY, version="1", shopper="7", now_s=1.0)
+    with pytest.raises(InputError, match="forged"):
+        impressions.read(KEY[::-1], token)
+
+
+@pytest.mark.parametrize("version", ["", "a b", "é", "x" * 65, "a\n"])
+def test_a_label_that_no_header_could_carry_is_refused(version: str) -> None:
+    with pytest.raises(InputError):
+        impressions.mint(KEY, version=version, shopper="7", now_s=1.0)
+
+
+def test_the_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "impression.key"
+    key = impressions.ensure_key(path)
+    assert len(key) == 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert impressions.ensure_key(path) == key == impressions.read_key(path)
+
+
+@pytest.mark.parametrize("text", ["", "zz", "ab" * 31, "é" * 64])
+def test_a_damaged_key_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "impression.key"
+    path.write_text(text)
+    path.chmod(0o600)
+    with pytest.raises(InputError, match="damaged"):
+        impressions.read_key(path)
+
+
+def test_a_key_that_others_can_read_or_that_is_missing_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "impression.key"
+    with pytest.raises(InputError, match="no impression key"):
+        impressions.read_key(path)
+    impressions.ensure_key(path)
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="read by others"):
+        impressions.read_key(path)

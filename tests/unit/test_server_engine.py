@@ -1,0 +1,118 @@
+"""What is loaded is what was signed, and a run can be ended."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from endcap.errors import InputError, PackageError, VerificationError
+from endcap.package import read_manifest, seal, sign_package
+from serving.server.engine import GraphError, GraphTimeoutError, load_engine, verify
+from serving.server.service import load_service
+from tests.packages import ITEMS, make_package
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_package(
+        tmp_path_factory.mktemp("packages") / "good", int8=True, fails_on=[ITEMS[10]], stalls_on=[ITEMS[20]],
+        stall_loops=200_000_000,
+    )  # fmt: skip
+
+
+def public_key(package: Path) -> Path:
+    return package.parent / "keys" / "signing.pub"
+
+
+def reseal(package: Path, **change: object) -> None:
+    """Change the manifest and sign again, as its maker could."""
+    seal(package, read_manifest(package).model_copy(update=change))
+    sign_package(package, package.parent / "keys" / "signing.key")
+
+
+@pytest.mark.parametrize("variant", ["float32", "int8"])
+def test_a_verified_package_answers(package: Path, variant: str) -> None:
+    service = load_service(package, public_key(package), variant=variant)
+    outputs = service.engine.run({"history": np.array([[0, 3, 4]])}, service.engine.ticket())
+    assert outputs["items"][0, :3].tolist() == [5, 6, 7]
+    assert outputs["scores"].dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "items.json", "popular.json", "package.json", "model.sig"])
+def test_one_changed_byte_is_refused_before_onnxruntime_sees_it(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_package(tmp_path / "package")
+    raw = bytearray((package / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (package / name).write_bytes(raw)
+    loaded: list[object] = []
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *arguments, **_: loaded.append(arguments))
+    with pytest.raises(VerificationError):
+        load_service(package, public_key(package))
+    assert loaded == []
+
+
+def test_a_file_that_changes_after_verification_is_not_used(tmp_path: Path) -> None:
+    package = make_package(tmp_path / "package")
+    verified = verify(package, public_key(package))
+    (package / "model.onnx").write_bytes(b"another graph")
+    with pytest.raises(VerificationError, match="changed after it was verified"):
+        load_engine(verified)
+
+
+def test_unsigned_and_wrongly_signed_packages_are_refused(tmp_path: Path) -> None:
+    unsigned = make_package(tmp_path / "unsigned", sign=False)
+    other = make_package(tmp_path / "other" / "package")
+    with pytest.raises(VerificationError, match="not signed"):
+        load_service(unsigned, public_key(other))
+    mine = make_package(tmp_path / "mine" / "package")
+    with pytest.raises(VerificationError, match="does not verify"):
+        load_service(mine, public_key(other))
+
+
+def test_a_signed_graph_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    package = make_package(tmp_path / "package")
+    (package / "model.onnx").write_bytes(b"not a graph")
+    reseal(package)
+    with pytest.raises(PackageError, match="onnxruntime cannot load"):
+        load_service(package, public_key(package))
+
+
+def test_a_manifest_that_does_not_fit_its_graph_is_refused(tmp_path: Path) -> None:
+    package = make_package(tmp_path / "package")
+    manifest = read_manifest(package)
+    items, scores = manifest.outputs
+    reseal(package, outputs=(items.model_copy(update={"shape": (-1, 7)}), scores))
+    with pytest.raises(PackageError, match="shape"):
+        load_service(package, public_key(package))
+    reseal(package, outputs=(items,))
+    with pytest.raises(PackageError, match="session recommender"):
+        load_service(package, public_key(package))
+
+
+def test_a_variant_that_is_not_there_is_named(package: Path) -> None:
+    with pytest.raises(InputError, match="no variant fp4"):
+        load_service(package, public_key(package), variant="fp4")
+
+
+def test_a_run_that_fails_says_so_and_the_next_is_fine(package: Path) -> None:
+    engine = load_service(package, public_key(package)).engine
+    with pytest.raises(GraphError, match="the graph failed"):
+        engine.run({"history": np.array([[11]])}, engine.ticket())
+    assert engine.run({"history": np.array([[1]])}, engine.ticket())["items"][0, 0] == 2
+
+
+def test_a_run_that_takes_too_long_is_ended(package: Path) -> None:
+    engine = load_service(package, public_key(package)).engine
+    ticket = engine.ticket()
+    timer = threading.Timer(0.05, ticket.revoke)
+    timer.start()
+    with pytest.raises(GraphTimeoutError):
+        engine.run({"history": np.array([[21]])}, ticket)
+    timer.join()
+    with pytest.raises(GraphTimeoutError, match="did not get to run"):
+        engine.run({"history": np.array([[1]])}, ticket)

@@ -43,6 +43,7 @@ __all__ = [
     "read_access",
     "read_attempts",
     "read_faults",
+    "read_request_lines",
     "read_request_table",
     "read_requests",
     "read_target_events",
@@ -316,6 +317,11 @@ def convert_requests(folder: Path) -> int:
         for leftover in leftovers:
             leftover.unlink(missing_ok=True)
         return len(records)
+
+
+def read_request_lines(path: Path) -> list[RequestRecord]:
+    """The requests of one ``requests-*.jsonl`` in file order."""
+    return list(_read(path, _request))
 
 
 def read_requests(folder: Path) -> list[RequestRecord]:

@@ -53,8 +53,7 @@ def mint(key: bytes, *, version: str, shopper: str, now_s: float) -> tuple[str, 
     identity = os.urandom(16)
     shopper_hash = hashlib.blake2b(shopper.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
     payload = _HEAD.pack(_FORMAT, identity, round(now_s * 1e6), shopper_hash) + version.encode()
-    token = base64.urlsafe_b64encode(payload + hmac.digest(key, payload, "sha256")).rstrip(b"=")
-    return identity.hex(), token.decode()
+    return identity.hex(), _encode(payload + hmac.digest(key, payload, "sha256"))
 
 
 def read(key: bytes, token: str) -> Impression:
@@ -69,6 +68,8 @@ def read(key: bytes, token: str) -> Impression:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
         raise InputError("not an impression token") from error
+    if _encode(raw) != token:  # base64 has several spellings of the same bytes; a token has one
+        raise InputError("not an impression token")
     payload, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
     if len(payload) <= _HEAD.size or not hmac.compare_digest(mac, hmac.digest(key, payload, "sha256")):
         raise InputError("the impression token is forged or damaged")
@@ -78,6 +79,10 @@ def read(key: bytes, token: str) -> Impression:
         raise InputError("an impression token of an unknown format",
                          next_step="run the same release of endcap everywhere")  # fmt: skip
     return Impression(identity.hex(), version, shopper_hash.hex(), issued_at_us / 1e6)
+
+
+def _encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def ensure_key(path: Path) -> bytes:

@@ -6,6 +6,7 @@ from components.evaluation.evaluation import (
     ModelQuality,
     Paired,
     Ranked,
+    estimate_difference,
     evaluate,
     read_evaluation,
     with_measured,
@@ -17,6 +18,6 @@ from components.evaluation.metrics import CUTOFFS, METRICS, catalogue_coverage, 
 
 __all__ = [
     "CUTOFFS", "METRICS", "Estimate", "Evaluation", "GateDecision", "Lengths", "ModelQuality", "Paired", "Ranked",
-    "catalogue_coverage", "decide_gate", "estimate", "evaluate", "per_shopper", "popularity_lift", "read_evaluation",
-    "resampled_means", "with_measured", "write_evaluation",
+    "catalogue_coverage", "decide_gate", "estimate", "estimate_difference", "evaluate", "per_shopper",
+    "popularity_lift", "read_evaluation", "resampled_means", "with_measured", "write_evaluation",
 ]  # fmt: skip

@@ -16,7 +16,8 @@ from endcap.errors import StateError
 from endcap.files import read_json, write_json
 
 __all__ = [
-    "Evaluation", "Lengths", "ModelQuality", "Paired", "Ranked", "evaluate", "read_evaluation", "write_evaluation",
+    "Evaluation", "Lengths", "ModelQuality", "Paired", "Ranked", "estimate_difference", "evaluate", "read_evaluation",
+    "with_measured", "write_evaluation",
 ]  # fmt: skip
 
 LENGTHS = ((1, 4), (5, 9), (10, 19), (20, 10_000))
@@ -169,6 +170,16 @@ def evaluate(
             )
             paired.append(Paired(a, b, metric, difference.value, difference.low, difference.high))
     return Evaluation(split=split, models=models, paired=tuple(paired))
+
+
+def estimate_difference(a: Ranked, b: Ranked, *, metric: str = "ndcg_at_10", resamples: int = 1000,
+                        seed: int = 7) -> tuple[float, float, Estimate]:  # fmt: skip
+    """``metric`` of ``a``, of ``b``, and of ``a`` less ``b`` with the interval of the paired bootstrap."""
+    at = METRICS.index(metric)
+    gains_a, gains_b = per_shopper(a.ranks)[:, at], per_shopper(b.ranks)[:, at]
+    difference = gains_a - gains_b
+    draws = resampled_means(difference[:, None], resamples=resamples, seed=seed)[:, 0]
+    return float(gains_a.mean()), float(gains_b.mean()), estimate(float(difference.mean()), draws)
 
 
 def _quality_to_json(quality: ModelQuality) -> dict[str, Any]:

@@ -98,11 +98,16 @@ class FeedbackStore:
         self.window_us = window_us
         self._closed: dict[str, tuple[int, int]] = {}
         self._closed_before_us = -(1 << 62)
-        self._last_us = 0
+        self._last_us = 0  # a clock that is set back must not open what was closed
         self._lock = FolderLock(path.parent, name=f"{path.name}.lock")
         self._lock.__enter__()
         try:
             self._db = _open(path)
+            row = self._db.execute("SELECT received_at_us FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+            self._last_us = row[0] if row else 0
+        except sqlite3.Error as error:
+            self._lock.__exit__(None, None, None)
+            raise _translate(error, path) from error
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -133,7 +138,6 @@ class FeedbackStore:
         return outcomes
 
     def _record_one(self, submission: Submission) -> list[Outcome]:
-        # A clock that is set back must not open what was closed.
         self._last_us = received_at_us = max(self._last_us, submission.received_at_us)
         return [self._record_event(event, received_at_us) for event in submission.events]
 

@@ -1,0 +1,400 @@
+"""What feedback counts: rules, store and HTTP face, against a plain model of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endcap.errors import BusyError, EndcapError, InputError, StateError, StorageError
+from serving import impressions
+from serving.feedback.app import FeedbackApp, FeedbackMetrics
+from serving.feedback.attribution import NEW, EventType, Outcome, attribute
+from serving.feedback.events import MAX_EVENTS, Event, parse_feedback
+from serving.feedback.store import FeedbackStore, Submission, VersionCounts, export
+from serving.feedback.writer import Writer
+from serving.impressions import Impression
+from tests.asgi_client import AsgiClient, call
+
+KEY = bytes(32)
+WINDOW_US = 5_000_000
+
+
+def impression(number: int, *, version: str = "2", issued_at_us: int = 0) -> Impression:
+    return Impression(number.to_bytes(16, "big").hex(), version, "00" * 8, issued_at_us / 1e6)
+
+
+def shown(number: int, **more: Any) -> Event:
+    return Event(impression(number, **more), EventType.SHOWN, None)
+
+
+def clicked(number: int, **more: Any) -> Event:
+    return Event(impression(number, **more), EventType.CLICKED, "59")
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("received_at_us", "outcome"),
+    [(0, Outcome.ACCEPTED), (WINDOW_US, Outcome.ACCEPTED), (WINDOW_US + 1, Outcome.LATE)],
+)
+def test_the_window_includes_its_end(received_at_us: int, outcome: Outcome) -> None:
+    for kind in EventType:
+        found, state = attribute(NEW, kind, issued_at_us=0, received_at_us=received_at_us, window_us=WINDOW_US)
+        assert found is outcome
+        assert state.shown is (outcome is Outcome.ACCEPTED)
+
+
+def test_a_click_implies_shown_and_shown_may_follow_it() -> None:
+    _, state = attribute(NEW, EventType.CLICKED, issued_at_us=0, received_at_us=1, window_us=WINDOW_US)
+    assert state.shown
+    assert state.clicked
+    outcome, after = attribute(state, EventType.SHOWN, issued_at_us=0, received_at_us=2, window_us=WINDOW_US)
+    assert (outcome, after.shown, after.clicked) == (Outcome.ACCEPTED, True, True)
+    assert (
+        attribute(after, EventType.CLICKED, issued_at_us=0, received_at_us=3, window_us=WINDOW_US)[0]
+        is Outcome.REPEATED
+    )
+
+
+# The store against a model that keeps everything in lists
+
+
+@dataclass
+class Model:
+    """Says what the store must say, the slow and obvious way."""
+
+    kept: list[tuple[Event, int]] = field(default_factory=list)
+
+    def record(self, event: Event, now_us: int) -> Outcome:
+        if any(old.impression.id == event.impression.id and old.type is event.type for old, _ in self.kept):
+            return Outcome.REPEATED
+        self.kept.append((event, now_us))
+        return Outcome.ACCEPTED if now_us - round(event.impression.issued_at_s * 1e6) <= WINDOW_US else Outcome.LATE
+
+    def counts(self, now_us: int) -> dict[str, VersionCounts]:
+        found: dict[str, Impression] = {}
+        with_click: set[str] = set()
+        for event, received_at_us in self.kept:
+            if received_at_us - round(event.impression.issued_at_s * 1e6) <= WINDOW_US:
+                found[event.impression.id] = event.impression
+                if event.type is EventType.CLICKED:
+                    with_click.add(event.impression.id)
+        counts: dict[str, VersionCounts] = {}
+        for identity, one in found.items():
+            old = counts.get(one.version, VersionCounts())
+            closed = now_us - round(one.issued_at_s * 1e6) > WINDOW_US
+            counts[one.version] = VersionCounts(
+                old.closed + closed, old.clicked + (closed and identity in with_click), old.open + (not closed)
+            )
+        return counts
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("events"), st.lists(st.tuples(st.integers(0, 5), st.sampled_from(EventType)), max_size=4)),
+        st.tuples(st.just("wait"), st.sampled_from([0, 1, WINDOW_US // 2, WINDOW_US, WINDOW_US + 1, -WINDOW_US])),
+        st.tuples(st.just("look"), st.none()),
+        st.tuples(st.just("restart"), st.none()),
+    ),
+    max_size=25,
+)
+
+
+@given(steps=STEPS, issued=st.lists(st.integers(-WINDOW_US, 3 * WINDOW_US), min_size=6, max_size=6))
+def test_the_store_counts_as_the_model_does_through_time_and_restarts(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, Any]], issued: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("store") / "feedback.sqlite"
+    base_us = 1_000_000_000
+    made = [impression(number, version=str(number % 2), issued_at_us=base_us + at) for number, at in enumerate(issued)]
+    store, model, clock_us, seen_us = FeedbackStore(path, window_us=WINDOW_US), Model(), base_us, base_us
+    finals: dict[str, tuple[int, int]] = {}
+    try:
+        for what, detail in steps:
+            if what == "events":
+                seen_us = max(seen_us, clock_us)
+                events = [Event(made[number], kind, None) for number, kind in detail]
+                expected = [model.record(event, seen_us) for event in events]
+                assert store.record([Submission(events, clock_us)]) == [expected]
+            elif what == "wait":
+                clock_us += detail
+            elif what == "look":
+                seen_us = max(seen_us, clock_us)
+                evidence = store.evidence(clock_us)
+                assert evidence.versions == model.counts(seen_us)
+                for version, counts in evidence.versions.items():
+                    closed, with_click = finals.get(version, (0, 0))
+                    assert counts.closed >= closed
+                    assert counts.clicked >= with_click
+                    finals[version] = (counts.closed, counts.clicked)
+            else:
+                store.close()
+                clock_us = max(clock_us, seen_us)  # a clock set back across a restart is beyond what the file knows
+                store = FeedbackStore(path, window_us=WINDOW_US)
+    finally:
+        store.close()
+
+
+def test_an_open_impression_is_no_evidence_and_a_closed_one_is_final(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    store.record([Submission([shown(1), shown(2), clicked(2)], 100)])
+    assert store.evidence(WINDOW_US).versions == {"2": VersionCounts(closed=0, clicked=0, open=2)}
+    assert store.evidence(WINDOW_US + 1).versions == {"2": VersionCounts(closed=2, clicked=1, open=0)}
+    assert store.record([Submission([clicked(1)], WINDOW_US + 2)]) == [[Outcome.LATE]]
+    assert store.evidence(WINDOW_US + 3).versions == {"2": VersionCounts(closed=2, clicked=1, open=0)}
+    store.close()
+
+
+def test_the_export_holds_every_event_once_in_order_and_goes_on_from_where_one_was(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.sqlite"
+    store = FeedbackStore(path, window_us=WINDOW_US)
+    store.record([Submission([shown(number, issued_at_us=number), clicked(number)], 10) for number in range(25)])
+    store.record([Submission([shown(99)], WINDOW_US + 1)])
+    events = [event for part in export(path, rows_at_once=7) for event in part]
+    assert [event["seq"] for event in events] == list(range(1, 52))
+    assert events[0] == {
+        "seq": 1, "impression": "00" * 16, "version": "2", "shopper": "00" * 8, "type": "shown", "item": None,
+        "issued_at_s": 0.0, "received_at_s": 1e-05, "late": False,
+    }  # fmt: skip
+    assert events[-1]["late"] is True
+    assert [event["seq"] for part in export(path, after=49) for event in part] == [50, 51]
+    store.close()
+
+
+def test_a_full_disk_keeps_nothing_of_the_commit_and_recovers(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    store.record([Submission([shown(1)], 1)])
+    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    many = Submission([shown(number) for number in range(2, 500)], 2)
+    with pytest.raises(StorageError, match="no space left"):
+        store.record([many])
+    assert store.evidence(3).versions == {"2": VersionCounts(open=1)}
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    assert store.record([many]) == [[Outcome.ACCEPTED] * 498]
+    store.close()
+
+
+def test_two_collectors_do_not_share_a_database(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    with pytest.raises(BusyError):
+        FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    store.close()
+    FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US).close()
+
+
+@pytest.mark.parametrize("damage", ["header", "middle", "foreign"])
+def test_a_damaged_database_is_named_and_left_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "feedback.sqlite"
+    if damage == "foreign":
+        import sqlite3
+
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TABLE mine (x)")
+        db.close()
+    else:
+        store = FeedbackStore(path, window_us=WINDOW_US)
+        store.record([Submission([shown(number) for number in range(400)], 1)])
+        store.close()
+        raw = bytearray(path.read_bytes())
+        start = 0 if damage == "header" else 4096
+        raw[start : len(raw) if damage == "middle" else 100] = bytes(len(raw) - 4096 if damage == "middle" else 100)
+        path.write_bytes(raw)
+    before = path.read_bytes()
+    with pytest.raises(StateError) as caught:
+        FeedbackStore(path, window_us=WINDOW_US)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+# The writer
+
+
+def test_requests_that_came_together_share_commits_and_each_gets_its_own_answer(tmp_path: Path) -> None:
+    commits: list[int] = []
+
+    async def crowd() -> list[list[Outcome]]:
+        store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+        writer = Writer(store, now_us=lambda: 1, on_commit=lambda seconds, requests: commits.append(requests))
+        answers = await asyncio.gather(*(writer.record([shown(number % 150)]) for number in range(200)))
+        assert (await writer.evidence()).versions == {"2": VersionCounts(open=150)}
+        writer.close()
+        return answers
+
+    answers = asyncio.run(crowd())
+    assert answers == [[Outcome.ACCEPTED]] * 150 + [[Outcome.REPEATED]] * 50
+    assert sum(commits) == 200
+    assert len(commits) < 200
+
+
+def test_damage_found_at_work_reaches_who_waits_and_the_process(tmp_path: Path) -> None:
+    found: list[EndcapError] = []
+
+    async def work() -> None:
+        store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+        store._db.execute("DROP TABLE events")
+        writer = Writer(store, now_us=lambda: 1, on_damage=found.append)
+        with pytest.raises(StorageError):
+            await writer.record([shown(1)])
+        store.record = lambda submissions: (_ for _ in ()).throw(StateError("damaged"))  # type: ignore[method-assign]
+        with pytest.raises(StateError):
+            await writer.record([shown(1)])
+        writer.close()
+
+    asyncio.run(work())
+    assert [error.what for error in found] == ["damaged"]
+
+
+# HTTP
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[AsgiClient]:
+    path = tmp_path / "feedback.sqlite"
+    app = FeedbackApp(path, KEY, FeedbackMetrics())
+    with AsgiClient(app) as client:
+        store = FeedbackStore(path, window_us=WINDOW_US)
+        writers: list[Writer] = []
+
+        async def start() -> None:
+            writers.append(Writer(store, now_us=lambda: 10_000_000))
+            app.open(writers[0])
+
+        client.run(start())
+        yield client
+        writers[0].close()
+
+
+def token(*, version: str = "2", issued_at_s: float = 9.0, key: bytes = KEY) -> str:
+    return impressions.mint(key, version=version, shopper="7", now_s=issued_at_s)[1]
+
+
+def send(client: AsgiClient, *events: Any) -> Any:
+    answer = client.post("/v1/feedback", {"events": list(events)})
+    return answer.status, answer.json
+
+
+def test_each_event_is_judged_by_itself(client: AsgiClient) -> None:
+    first, old = token(), token(issued_at_s=4.0)
+    forged = token(key=KEY[:-1] + b"\x01")
+    status, answer = send(
+        client,
+        {"impression": first, "type": "shown"},
+        {"impression": first, "type": "clicked", "item": "59", "version": "2"},
+        {"impression": first, "type": "clicked", "item": "60"},
+        {"impression": forged, "type": "clicked"},
+        {"impression": first, "type": "clicked", "version": "3"},
+        {"impression": first, "type": "bought"},
+        {"impression": first, "type": "shown", "item": 7},
+        "shown",
+        {"impression": old, "type": "clicked"},
+    )
+    assert status == 200
+    assert (answer["accepted"], answer["repeated"], answer["late"]) == (2, 1, 1)
+    assert [(refusal["index"], refusal["reason"][:12]) for refusal in answer["refused"]] == [
+        (3, "the impressi"), (4, "version is n"), (5, "type must be"), (6, "item must be"), (7, "an event mus"),
+    ]  # fmt: skip
+    evidence = client.get("/v1/evidence").json
+    assert evidence == {"at_s": 10.0, "window_s": 5.0, "versions": {"2": {"closed": 0, "clicked": 0, "open": 1}}}
+    exported = [orjson.loads(line) for line in client.get("/v1/export").body.splitlines()]
+    assert [(event["type"], event["item"]) for event in exported] == [
+        ("shown", None), ("clicked", "59"), ("clicked", None),
+    ]  # fmt: skip
+    assert client.get("/v1/export", query=b"after=1").body.count(b"\n") == 2
+    assert client.get("/v1/export", query=b"after=x").status == 400
+
+
+def test_a_request_of_which_nothing_can_be_taken_is_refused(client: AsgiClient) -> None:
+    status, answer = send(client, {"impression": "forged", "type": "clicked"})
+    assert status == 400
+    assert answer["error"]["next"]
+    assert answer["refused"] == [{"index": 0, "reason": "not an impression token"}]
+    assert client.get("/v1/evidence").json["versions"] == {}
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", {}, {"events": {}}, {"events": []}, {"events": [{}] * 101}])
+def test_a_body_of_another_form_is_told_what_where_and_what_next(client: AsgiClient, body: Any) -> None:
+    answer = client.post("/v1/feedback", body)
+    assert answer.status == 400
+    assert all(answer.json["error"].values())
+
+
+def test_other_paths_methods_and_sizes(client: AsgiClient) -> None:
+    assert client.get("/v1/feedback").status == 405
+    assert client.post("/v1/evidence", b"").status == 405
+    assert client.get("/nope").status == 404
+    assert client.post("/v1/feedback", b" " * 300_000).status == 413
+    assert client.get("/healthz").json == {"status": "ok", "storage": "ok"}
+    assert b"endcap_feedback_events_total" in client.get("/metrics").body
+
+
+def test_a_full_disk_is_a_507_that_says_so_and_the_next_that_fits_is_taken(client: AsgiClient) -> None:
+    store = client.app.writer._store
+    store._db.execute("PRAGMA max_page_count = 1")  # SQLite makes that the number of pages in use
+    events = [{"impression": token(), "type": "shown"} for _ in range(MAX_EVENTS)]
+    statuses = [client.post("/v1/feedback", {"events": events}).status]
+    for _ in range(20):
+        events = [{"impression": token(), "type": "shown"} for _ in range(MAX_EVENTS)]
+        answer = client.post("/v1/feedback", {"events": events})
+        statuses.append(answer.status)
+        if answer.status == 507:
+            break
+    assert statuses[-1] == 507
+    assert "no space left" in answer.json["error"]["what"]
+    assert "no space left" in client.get("/healthz").json["storage"]
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    assert client.post("/v1/feedback", {"events": events}).json["accepted"] == MAX_EVENTS
+    assert client.get("/healthz").json["storage"] == "ok"
+
+
+def test_nothing_is_taken_before_the_database_is_open(tmp_path: Path) -> None:
+    with AsgiClient(FeedbackApp(tmp_path / "feedback.sqlite", KEY, FeedbackMetrics())) as client:
+        assert client.post("/v1/feedback", {"events": [{"impression": token(), "type": "shown"}]}).status == 503
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=8),
+              st.sampled_from([token(), token(version="3"), "shown", "clicked"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["events", "impression", "type", "item", "version"]), inner, max_size=5),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+ALMOST = st.fixed_dictionaries(
+    {"impression": st.one_of(st.sampled_from([token(), token(issued_at_s=1.0)]), JSON),
+     "type": st.one_of(st.sampled_from(["shown", "clicked"]), JSON)},
+    optional={"item": JSON, "version": JSON},
+)  # fmt: skip
+
+
+BODIES = st.one_of(st.binary(max_size=200), JSON, st.fixed_dictionaries({"events": st.lists(ALMOST, max_size=4)}))
+
+
+@given(body=BODIES)
+def test_any_body_is_parsed_or_refused(body: Any) -> None:
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    try:
+        events, refused = parse_feedback(raw, KEY)
+    except InputError:
+        return
+    assert len(events) + len(refused) == len(orjson.loads(raw)["events"])
+
+
+def test_no_body_makes_a_server_error(client: AsgiClient) -> None:
+    @given(
+        body=st.one_of(st.binary(max_size=200), JSON, st.fixed_dictionaries({"events": st.lists(ALMOST, max_size=4)}))
+    )
+    def try_one(body: Any) -> None:
+        assert client.run(call(client.app, "POST", "/v1/feedback", body)).status in (200, 400)
+
+    try_one()

@@ -223,6 +223,8 @@ def routes(settings: GatewaySettings, weights: Mapping[str, int], *, version: st
     table: JsonObject = {
         "name": ROUTES,
         "virtual_hosts": [{"name": "shop", "domains": ["*"], "routes": served}],
+        # Envoy passes over routes that equal those it has, and with them their version, which set_routes waits for.
+        "metadata": {"filter_metadata": {"endcap": {"version": version}}},
     }
     return _response("route.v3.RouteConfiguration", [table], version)
 
@@ -264,6 +266,8 @@ def _version_cluster(settings: GatewaySettings, label: str) -> JsonObject:
         "lb_policy": "LEAST_REQUEST",
         "common_lb_config": {
             "locality_weighted_lb_config": {},
+            # A change of health is told to the workers at once; Envoy's own default holds it back for a second.
+            "update_merge_window": "0s",
             "healthy_panic_threshold": {"value": settings.panic_percent},
             "ignore_new_hosts_until_first_hc": True,
         },

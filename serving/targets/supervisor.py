@@ -105,6 +105,7 @@ class Supervisor:
         self._tally_lock = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._growing = asyncio.Lock()
+        self._placing = asyncio.Lock()
         self._unpublished: set[str] = set()
         self._clustered: list[str] = []
         self._feedback: subprocess.Popen[bytes] | None = None
@@ -216,17 +217,19 @@ class Supervisor:
 
     async def _place_clusters(self, labels: list[str]) -> None:
         """The gateway's clusters are ``labels``; each one's replicas are written first."""
-        for label in labels:
-            await self.envoy.set_endpoints(self.fleet.endpoints(label))
-        await self.envoy.set_clusters(labels, self._feedback_at)
-        self._clustered = labels
+        async with self._placing:
+            for label in labels:
+                await self.envoy.set_endpoints(self.fleet.endpoints(label))
+            await self.envoy.set_clusters(labels, self._feedback_at)
+            self._clustered = labels
 
     async def _publish(self, label: str) -> None:
         if label not in self._clustered:
             return
         self._unpublished.add(label)
         try:
-            await self.envoy.set_endpoints(self.fleet.endpoints(label))
+            async with self._placing:  # one writer: what is read is what is written last
+                await self.envoy.set_endpoints(self.fleet.endpoints(label))
         except StorageError as error:  # tried again with each look at the gateway's health
             log.error("replicas of version %s not published: %s", label, error)
         else:

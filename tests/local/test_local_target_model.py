@@ -1,0 +1,79 @@
+"""The local target with the real model server and the real feedback collector."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from endcap.errors import VerificationError
+from serving.targets import LocalTarget, ModelVersion, StableVersion, SupervisorConfig, start_local_target
+from tests.local.load import eventually
+from tests.packages import make_package
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module")
+def target(folder: Path) -> Iterator[LocalTarget]:
+    package = make_package(folder / "1")
+    config = SupervisorConfig(
+        folder=folder / "target", records=folder / "records", public_key=folder / "keys" / "signing.pub",
+        stable=StableVersion(label="1", package=package), thresholds_ms=(100,), window_s=0.3, replicas_full=1,
+    )  # fmt: skip
+    with start_local_target(config) as started:
+        yield started
+
+
+def recommend(target: LocalTarget) -> str:
+    response = httpx.post(target.url + "/v1/recommend", json={"shopper": "7", "history": ["103"], "k": 3})
+    assert response.status_code == 200
+    assert response.json()["version"] == response.headers["x-endcap-version"] == "1"
+    return str(response.json()["impression"])
+
+
+def tell(target: LocalTarget, impression: str, kind: str) -> None:
+    event = {"impression": impression, "type": kind}
+    response = httpx.post(target.url + "/v1/feedback", json={"events": [event]})
+    assert response.status_code == 200
+    assert response.json()["accepted"] == 1
+
+
+def test_clicks_are_counted_for_the_version_that_was_shown(target: LocalTarget) -> None:
+    shown, clicked = recommend(target), recommend(target)
+    tell(target, shown, "shown")
+    tell(target, clicked, "clicked")
+    eventually(lambda: target.observe().versions["1"].impressions.total == 2, what="both windows are closed")
+    seen = target.observe().versions["1"]
+    assert (seen.impressions.good, seen.impressions_open) == (1, 0)
+
+
+def test_the_collector_s_death_loses_no_feedback(target: LocalTarget) -> None:
+    before = target.state().feedback_pid
+    closed = target.observe().versions["1"].impressions.total
+    impression = recommend(target)
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    tell(target, impression, "shown")  # the gateway tries until the collector is back
+    eventually(lambda: target.observe().versions["1"].impressions.total == closed + 1)
+    assert target.state().feedback_pid not in (None, before)
+
+
+def test_one_byte_changed_in_a_package_keeps_it_from_serving(target: LocalTarget, folder: Path) -> None:
+    tampered = make_package(folder / "tampered")
+    graph = next(tampered.glob("*.onnx"))
+    raw = bytearray(graph.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    graph.write_bytes(raw)
+    token = target.acquire("test")
+    stable = ModelVersion("1", folder / "1")
+    with pytest.raises(VerificationError):
+        target.ensure_capacity({ModelVersion("2", tampered): 0.05, stable: 0.95}, token=token)
+    assert dict(target.observe().shares) == {"1": 1.0}

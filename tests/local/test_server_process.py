@@ -1,0 +1,210 @@
+"""The model server as a real process: start, refusals, drain, faults, and the kserve package's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from endcap.processes import free_port
+from serving import impressions
+from tests.packages import ITEMS, make_package
+from tests.process import Program, run_to_end, started, wait_until
+
+FOREVER = 2_000_000_000
+"""Turns of the stalling loop that no test waits out."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("server")
+    make_package(folder / "good", fails_on=[ITEMS[10]], stalls_on=[ITEMS[20]], stall_loops=FOREVER)
+    make_package(folder / "slow", stalls_on=[ITEMS[20]], stall_loops=500_000)
+    impressions.ensure_key(folder / "impression.key")
+    return folder
+
+
+def arguments(folder: Path, port: int, *more: str, package: str = "good", key: str = "signing.pub") -> list[str]:
+    return [
+        "-m", "serving.server", "--package", str(folder / package), "--public-key", str(folder / "keys" / key),
+        "--version", "2", "--zone", "b", "--port", str(port), "--impression-key", str(folder / "impression.key"), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Program]:
+    port = free_port()
+    with started(["-X", "importtime", *arguments(folder, port, "--timeout-s", "30")], port, folder / "log") as program:
+        program.wait_for("/v2/health/ready")
+        yield program
+
+
+def recommend(program: Program, history: list[str]) -> httpx.Response:
+    return httpx.post(program.url + "/v1/recommend", json={"shopper": "1", "history": history}, timeout=30.0)
+
+
+def imported(log: str) -> set[str]:
+    """Top-level modules in the output of ``python -X importtime``."""
+    return set(re.findall(r"^import time:\s+\d+ \|\s+\d+ \|\s+(\w+)", log, re.MULTILINE))
+
+
+def test_it_answers_and_imports_nothing_heavy(server: Program, folder: Path) -> None:
+    answer = recommend(server, ["104"])
+    assert (answer.status_code, answer.json()["items"][:2]) == (200, ["105", "106"])
+    assert answer.headers["x-endcap-zone"] == "b"
+    key = impressions.read_key(folder / "impression.key")
+    assert impressions.read(key, answer.json()["impression"]).version == "2"
+    modules = imported(server.log.read_text())
+    assert {"onnxruntime", "model_signing", "uvicorn"} <= modules
+    assert not modules & {"torch", "kserve", "mlflow", "pandas", "transformers", "matplotlib", "pytest"}
+
+
+def test_a_failing_graph_is_a_500_and_never_a_dead_process(server: Program) -> None:
+    assert [recommend(server, [ITEMS[10]]).status_code for _ in range(5)] == [500] * 5
+    assert recommend(server, ["104"]).status_code == 200
+
+
+def test_a_stalled_graph_holds_neither_health_nor_others(server: Program) -> None:
+    with httpx.Client(base_url=server.url, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/recommend", json={"shopper": "1", "history": [ITEMS[20]]})
+    # Its run goes on (30 s are allowed); meanwhile:
+    assert 'in_flight{version="2"} 1.0' in server.get("/metrics").text
+    assert server.get("/v2/health/ready").status_code == 200
+    assert recommend(server, ["104"]).status_code == 200
+
+
+def test_bytes_that_are_no_http_do_not_harm(server: Program) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10.0) as raw:
+        raw.sendall(b"\x16\x03\x01\x00\xa5 not http at all\r\n\r\n")
+        assert raw.recv(1024).startswith(b"HTTP/1.1 400")
+    assert recommend(server, ["104"]).status_code == 200
+
+
+def test_the_kserve_client_passes(server: Program) -> None:
+    from kserve import InferInput, InferRequest  # type: ignore[import-untyped]
+    from kserve.inference_client import InferenceRESTClient, RESTConfig  # type: ignore[import-untyped]
+
+    async def talk() -> tuple[Any, ...]:
+        async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
+            tensor = InferInput("history", [2, 3], "INT64", data=[[0, 1, 2], [3, 4, 5]])
+            answer = await client.infer(
+                server.url, InferRequest("recommender", [tensor], request_id="q"), model_name="recommender"
+            )
+            return (
+                await client.is_server_live(server.url),
+                await client.is_server_ready(server.url),
+                await client.is_model_ready(server.url, "recommender"),
+                await client.is_model_ready(server.url, "other"),
+                answer,
+            )
+
+    live, ready, model_ready, other_ready, answer = asyncio.run(talk())
+    assert (live, ready, model_ready, other_ready) == (True, True, True, False)
+    assert (answer.id, answer.model_name) == ("q", "recommender")
+    items, scores = answer.outputs
+    assert (items.name, items.shape, items.as_numpy()[:, 0].tolist()) == ("items", [2, 20], [3, 6])
+    assert (scores.name, scores.datatype) == ("scores", "FP32")
+
+
+@pytest.mark.parametrize("fault", ["unsigned", "changed", "wrong key", "missing"])
+def test_a_package_that_does_not_verify_is_refused_before_onnxruntime_is_even_imported(
+    folder: Path, tmp_path: Path, fault: str
+) -> None:
+    package = tmp_path / "package"
+    if fault != "missing":
+        make_package(
+            package, sign=fault != "unsigned", key=None if fault == "wrong key" else folder / "keys/signing.key"
+        )
+    if fault == "changed":
+        raw = bytearray((package / "model.onnx").read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (package / "model.onnx").write_bytes(raw)
+    ended = run_to_end(["-X", "importtime", *arguments(folder, 0, package=str(package))])
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    assert (ended.returncode, len(said), ended.stdout) == (3, 1, "")
+    assert str(package) in said[0]
+    assert "onnxruntime" not in imported(ended.stderr)
+
+
+def test_a_port_in_use_and_a_bad_key_are_said_on_one_line(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = run_to_end(arguments(folder, port))
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert f"port {port} is in use" in ended.stderr
+    ended = run_to_end(arguments(folder, 0, "--impression-key", str(tmp_path / "none.key")))
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "none.key" in ended.stderr
+
+
+def test_sigterm_fails_readiness_first_and_loses_no_request(folder: Path, tmp_path: Path) -> None:
+    """As behind a gateway: senders stop once an answer tells that the replica is draining."""
+    port = free_port()
+    with started(arguments(folder, port, "--drain-s", "1.0", package="slow"), port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+        statuses: list[int] = []
+        told: list[bool] = []
+        faults: list[str] = []
+
+        def send_until_told(history: list[str]) -> None:
+            with httpx.Client(base_url=program.url, timeout=30.0) as client:
+                draining = False
+                while not draining:
+                    try:
+                        answer = client.post("/v1/recommend", json={"shopper": "1", "history": history})
+                    except httpx.HTTPError as error:
+                        faults.append(repr(error))
+                        return
+                    statuses.append(answer.status_code)
+                    draining = "x-envoy-immediate-health-check-fail" in answer.headers
+                told.append(True)
+
+        # One of them always has a slow run in flight.
+        senders = [threading.Thread(target=send_until_told, args=([item],)) for item in ("104", "105", ITEMS[20])]
+        for sender in senders:
+            sender.start()
+        wait_until(lambda: len(statuses) > 50, "requests are answered")
+        program.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=program.url, timeout=10.0) as client:
+            wait_until(lambda: client.get("/v2/health/ready").status_code == 503, "readiness fails")
+        for sender in senders:
+            sender.join()
+        assert faults == []
+        assert set(statuses) == {200}
+        assert told == [True] * 3
+        assert program.process.wait(30) == 0
+
+
+def test_it_dies_with_the_process_that_started_it(folder: Path, tmp_path: Path) -> None:
+    port = free_port()
+    parent = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[1:]]).wait()"
+    with started(["-c", parent, *arguments(folder, port)], port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+        program.process.kill()
+        program.process.wait()
+
+        def gone() -> bool:
+            try:
+                program.get("/v2/health/live")
+            except httpx.TransportError:
+                return True
+            return False
+
+        wait_until(gone, "the server is gone")
+
+
+def test_without_a_package_argument_it_says_how_to_call_it() -> None:
+    ended = run_to_end(["-m", "serving.server"])
+    assert ended.returncode == 2
+    assert "usage: python -m serving.server" in ended.stderr

@@ -60,7 +60,7 @@ class LoadProcess:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if not self.running():
-                self.wait()
+                self.summary()
                 raise TargetError("the load ended before its first request", where=self.log)
             if self.progress().get("done", 0) > 0:
                 return
@@ -75,22 +75,24 @@ class LoadProcess:
         """
         if self.running():
             stop(self._process, grace_s=_STOP_S)
-        return self._result()
+        return self.summary()
 
-    def wait(self, timeout_s: float | None = None) -> LoadSummary:
-        """Wait for a load with a duration to end by itself."""
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for a load with a duration to end by itself; False while it still runs after ``timeout_s``."""
         try:
             self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise EndcapError(f"the load still runs after {timeout_s:g} s", where=self.log) from error
-        return self._result()
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
-    def kill(self) -> None:
-        """End it at once; its left-over lines are converted by the next reader."""
-        self._process.kill()
-        self._process.wait()
+    def summary(self) -> LoadSummary:
+        """The summary of a load that has ended.
 
-    def _result(self) -> LoadSummary:
+        Raises:
+            EndcapError: it still runs, or it failed (its own error).
+        """
+        if self.running():
+            raise EndcapError("the load still runs", where=self.log)
         if not self._summary.exists():
             raise EndcapError(f"the load ended with code {self._process.returncode} and no summary",
                               where=self.log, next_step="read the end of that log")  # fmt: skip
@@ -100,6 +102,11 @@ class LoadProcess:
         document["thresholds"] = tuple(Threshold(**one) for one in document["thresholds"])
         return LoadSummary(**document)
 
+    def kill(self) -> None:
+        """End it at once; its left-over lines are converted by the next reader."""
+        self._process.kill()
+        self._process.wait()
+
 
 def start_load(config: LoadConfig, *, log: Path | None = None) -> LoadProcess:
     """Start a load in a child process that cannot outlive us. Its output goes to ``log``.
@@ -107,7 +114,7 @@ def start_load(config: LoadConfig, *, log: Path | None = None) -> LoadProcess:
     Call it from a thread that lives as long as the process.
 
     Raises:
-        EndcapError: it cannot be started. Bad input shows in :meth:`LoadProcess.stop` and ``wait``.
+        EndcapError: it cannot be started. Bad input shows in :meth:`LoadProcess.stop` and ``summary``.
     """
     log = log or config.out / "load.log"
     summary = config.out / "load-summary.json"

@@ -19,7 +19,7 @@ import pytest
 from endcap.errors import EndcapError, InputError
 from endcap.processes import free_port
 from endcap.records import convert_requests, read_requests
-from loadtests.run import LoadConfig, LoadProcess, start_load
+from loadtests.run import LoadConfig, LoadProcess, LoadSummary, start_load
 
 DEADLINE_S = 30.0
 
@@ -96,6 +96,11 @@ def changed(config: LoadConfig, **changes: object) -> LoadConfig:
     return replace(config, **changes)  # type: ignore[arg-type]
 
 
+def finish(load: LoadProcess) -> LoadSummary:
+    assert load.wait(DEADLINE_S)
+    return load.summary()
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[[LoadConfig], LoadProcess]]:
     started: list[LoadProcess] = []
@@ -142,7 +147,8 @@ def test_a_stalled_service_slows_no_arrival_and_hides_no_wait(
     """A closed loop would send a few requests and call them slow; shoppers keep coming, and time out."""
     shop.hold_s = 1.5
     load = start(changed(config, duration_s=2.0, timeout_s=1.0))
-    summary = load.wait(DEADLINE_S)
+    assert load.wait(DEADLINE_S)
+    summary = load.summary()
     assert summary.requests > 80
     assert summary.failed == summary.requests
     records = [record for record in read_requests(config.out) if record.kind == "recommend"]
@@ -154,7 +160,7 @@ def test_arrivals_that_cannot_be_sent_are_reported(
     shop: Shop, config: LoadConfig, start: Callable[[LoadConfig], LoadProcess]
 ) -> None:
     shop.hold_s = 0.5
-    summary = start(changed(config, duration_s=1.0, max_in_flight=3)).wait(DEADLINE_S)
+    summary = finish(start(changed(config, duration_s=1.0, max_in_flight=3)))
     assert summary.saturated > 0
     assert summary.requests == summary.saturated + shop.asked
     assert summary.failed == summary.saturated
@@ -169,7 +175,7 @@ def test_killed_it_leaves_records_that_the_next_reader_converts(
     seen = len(read_requests(config.out))
     assert convert_requests(config.out) == seen
     assert len(read_requests(config.out)) == seen
-    assert start(changed(config, duration_s=0.5)).wait(DEADLINE_S).failed == 0
+    assert finish(start(changed(config, duration_s=0.5))).failed == 0
     assert len(read_requests(config.out)) > seen
 
 
@@ -196,11 +202,11 @@ def test_objectives_decide_the_exit_code(shop: Shop, config: LoadConfig, tmp_pat
 
 def test_errors_reach_the_caller_by_their_kind(config: LoadConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.jsonl: no such file"):
-        start_load(changed(config, shoppers=tmp_path / "missing.jsonl")).wait(DEADLINE_S)
+        finish(start_load(changed(config, shoppers=tmp_path / "missing.jsonl")))
     with pytest.raises(EndcapError, match="no target runs here"):
-        start_load(changed(config, url=None, target=tmp_path)).wait(DEADLINE_S)
+        finish(start_load(changed(config, url=None, target=tmp_path)))
     # A service that is not there is the load's finding, not an error of the load.
     nobody = f"http://127.0.0.1:{free_port()}"
-    summary = start_load(changed(config, url=nobody, duration_s=0.5)).wait(DEADLINE_S)
+    summary = finish(start_load(changed(config, url=nobody, duration_s=0.5)))
     assert summary.failed == summary.requests > 0
     assert {record.error for record in read_requests(config.out)} == {"refused"}

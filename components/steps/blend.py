@@ -1,0 +1,65 @@
+"""How much item-kNN to blend into the transformer: chosen on validation, where the test split is never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from components.evaluation.ranking import ndcg_at, ranks_in_scores
+from components.models.histories import batches_by_length
+from components.steps.stored_models import BLEND, ITEM_KNN, TRANSFORMER, StoredModels, scorer
+
+__all__ = ["SHARES", "ChosenBlend", "choose_blend"]
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+"""Of item-kNN; 0 is the transformer alone and 1 is item-kNN alone."""
+
+
+@dataclass(frozen=True)
+class ChosenBlend:
+    """Validation's choice."""
+
+    knn_share: float
+    """The best share strictly between 0 and 1: what the blend is reported with."""
+    candidate: str
+    """The best model of all: the transformer, the blend or item-kNN."""
+    valid_ndcg_at_10: dict[float, float]
+    """By share."""
+
+
+def choose_blend(models: StoredModels, histories: Sequence[NDArray[np.integer]], targets: NDArray[np.integer], *,
+                 seed: int, shoppers: int = 8000) -> ChosenBlend:  # fmt: skip
+    """Rank validation's targets under every share of :data:`SHARES`.
+
+    Args:
+        shoppers: how many are drawn (by ``seed``) where there are more.
+    """
+    if models.transformer is None:
+        raise ValueError("there is no transformer to blend")
+    count = len(histories)
+    chosen = np.arange(count)
+    if count > shoppers:
+        chosen = np.sort(np.random.default_rng(seed).choice(count, shoppers, replace=False))
+    picked = [histories[int(row)] for row in chosen]
+    wanted = np.asarray(targets)[chosen].astype(np.int64)
+    transformer, knn = scorer(models, TRANSFORMER), scorer(models, ITEM_KNN)
+    transformer.eval()
+    ranks = {share: np.empty(len(picked), np.int64) for share in SHARES}
+    with torch.inference_mode():
+        for index, batch in batches_by_length(picked, 256):
+            history, target = torch.from_numpy(batch), torch.from_numpy(wanted[index])
+            likely = torch.softmax(transformer(history), dim=-1)
+            similar = knn(history)
+            similar = similar / similar.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+            for share in SHARES:
+                mixed = torch.lerp(likely, similar, share)
+                ranks[share][index] = ranks_in_scores(mixed, history, target).numpy()
+    quality = {share: float(ndcg_at(ranks[share], 10).mean()) for share in SHARES}
+    best = max(SHARES, key=lambda share: quality[share])
+    inner = max((share for share in SHARES if 0.0 < share < 1.0), key=lambda share: quality[share])
+    candidate = TRANSFORMER if best == 0.0 else ITEM_KNN if best == 1.0 else BLEND
+    return ChosenBlend(inner, candidate, quality)

@@ -1,0 +1,97 @@
+"""``endcap serve``: a local target; two zones of model servers behind a real Envoy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from endcap.cli.console import Console
+from endcap.cli.options import JsonOption, TargetOption
+from endcap.errors import TargetError
+
+app = typer.Typer(no_args_is_help=True, help="Serve a model version on this machine.")
+
+
+@app.command()
+def up(
+    package: Annotated[Path, typer.Argument(help="The signed package to serve.")],
+    public_key: Annotated[Path, typer.Option(help="Key that the package must be signed with.")],
+    folder: Annotated[Path, typer.Option(help="Folder for the target's own files.")] = Path("out/target"),
+    label: Annotated[str, typer.Option(help="Label of this model version.")] = "1",
+    port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes any free one.")] = 0,
+    objectives: Annotated[Path | None, typer.Option(help="Objectives file (latency thresholds, click window).")] = None,
+) -> None:
+    """Serve a package until Ctrl-C or SIGTERM."""
+    from endcap.objectives import load_objectives
+    from serving.targets import StableVersion, SupervisorConfig, start_local_target
+
+    console = Console()
+    declared = load_objectives(objectives) if objectives else None
+    folder = folder.absolute()
+    config = SupervisorConfig(
+        folder=folder,
+        records=folder / "records",
+        public_key=public_key.absolute(),
+        stable=StableVersion(label=label, package=package.absolute()),
+        thresholds_ms=declared.latency_thresholds_ms if declared else (100,),
+        window_s=(declared.click_window_s if declared else None) or 10.0,
+        gateway_port=port,
+    )
+    with console.task("starting replicas and gateway"):
+        target = start_local_target(config)
+    with target:
+        console.good(f"version {label} is served at {target.url}/v1/recommend")
+        console.say(f"  export ENDCAP_TARGET={folder}")
+        with contextlib.suppress(KeyboardInterrupt):
+            _wait_for_end(target.found.pid)
+            raise TargetError("the target ended by itself", where=folder / "logs" / "supervisor.log")
+
+
+@app.command()
+def status(target: TargetOption = None, json_output: JsonOption = False) -> None:
+    """Versions, shares and replicas of a running target."""
+    from serving.targets import open_target
+
+    console = Console(json_output=json_output)
+    running = open_target(target)
+    state = running.state()
+    shares = dict(state.shares)
+    console.say(f"{running.url}  supervisor {running.found.pid}")
+    console.table(
+        ["version", "share", "zone", "replica", "pid", "ready"],
+        [
+            (r.version, f"{shares.get(r.version, 0):.2%}", r.zone, r.index, r.pid, "yes" if r.ready else "no")
+            for r in state.replicas
+        ],
+    )
+    console.result(state.model_dump(mode="json"))
+
+
+@app.command()
+def down(target: TargetOption = None) -> None:
+    """End a running target, its gateway and all its replicas."""
+    from serving.targets import open_target
+
+    running = open_target(target)
+    os.kill(running.found.pid, signal.SIGTERM)
+    if not _wait_for_end(running.found.pid, timeout_s=30):
+        raise TargetError("the target has not ended after 30 s", where=running.folder)
+    Console().good("ended")
+
+
+def _wait_for_end(pid: int, *, timeout_s: float | None = None) -> bool:
+    """Whether the process has ended; waits for it."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], timeout_s)[0])
+    finally:
+        os.close(handle)

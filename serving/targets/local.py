@@ -162,9 +162,17 @@ def open_target(folder: Path | None = None) -> LocalTarget:
         found = TargetFile.model_validate(read_json(path))
     except ValidationError as error:
         raise StateError("damaged", where=path, next_step=start_it) from error
-    if not Path(f"/proc/{found.pid}").exists():
+    if not _runs(found.pid):
         raise TargetError(f"the target of process {found.pid} is gone", where=folder, next_step=start_it)  # fmt: skip
     return LocalTarget(folder.absolute(), found)
+
+
+def _runs(pid: int) -> bool:
+    """False also for a process that has ended and that its parent has not asked about yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def start_local_target(config: SupervisorConfig, *, bind: bool = True, deadline_s: float = 120.0) -> LocalTarget:

@@ -70,7 +70,8 @@ def test_a_version_with_all_requests_has_two_replicas_in_each_zone(target: Local
     assert places == [("1", "a", 0), ("1", "a", 1), ("1", "b", 0), ("1", "b", 1)]
     assert target.healthy() == {"1": 4}
     assert httpx.get(target.url + "/healthz").status_code == 200
-    assert open_target(target.folder).url == target.url
+    with open_target(target.folder) as other:
+        assert other.url == target.url
 
 
 def test_shares_change_under_load_without_a_failed_request_and_are_kept_to(

@@ -96,7 +96,8 @@ def test_a_second_supervisor_in_the_folder_is_turned_away(tmp_path: Path, starte
     with pytest.raises(BusyError, match=f"in use by process {started.found.pid}"):
         start_local_target(config(tmp_path))
     assert started.healthy() == {"1": 2}
-    assert open_target(started.folder).healthy() == {"1": 2}
+    with open_target(started.folder) as other:
+        assert other.healthy() == {"1": 2}
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,24 @@
+"""Settings chosen on Beauty's validation targets (never on its test targets)."""
+
+from __future__ import annotations
+
+from components.models.transformer import TransformerConfig
+from components.training.config import TrainingConfig
+
+__all__ = ["CONVERGED", "QUICK"]
+
+CONVERGED = TrainingConfig(
+    model=TransformerConfig(dimensions=128),
+    epochs=24,
+    learning_rate=4e-3,
+)
+"""As good as it gets; minutes on two cores."""
+
+QUICK = TrainingConfig(
+    model=TransformerConfig(dimensions=128),
+    epochs=12,
+    learning_rate=4e-3,
+    validation_shoppers=6000,
+    max_seconds=110.0,
+)
+"""The best that fits in less than two minutes on two cores; slower machines get fewer epochs."""

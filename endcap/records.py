@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +42,7 @@ __all__ = [
     "leftover_request_files",
     "lock_request_file",
     "read_access",
+    "read_access_since",
     "read_attempts",
     "read_faults",
     "read_request_lines",
@@ -58,6 +60,8 @@ ATTEMPTS_FILE = "attempts.jsonl"
 FAULTS_FILE = "faults.jsonl"
 TARGET_FILE = "target.jsonl"
 _LEFTOVERS = "requests-*.jsonl"
+_LONGEST_S = 10.0
+"""Longer than any request may take at the gateway."""
 
 RequestKind = Literal["recommend", "feedback"]
 TargetEventKind = Literal[
@@ -134,6 +138,11 @@ class GatewayRecord:
     def failed(self) -> bool:
         return is_failure(self.code)
 
+    @property
+    def cut_by_client(self) -> bool:
+        """The client went away before an answer: nobody's failure and nobody's success."""
+        return "DC" in self.flags.split(",")
+
 
 @dataclass(frozen=True, slots=True)
 class FaultRecord:
@@ -186,6 +195,32 @@ def read_target_events(folder: Path) -> list[TargetEvent]:
 def read_access(folder: Path) -> list[GatewayRecord]:
     """Envoy's downstream log in file order (an outcome is logged when it ends)."""
     return list(_read(folder / ACCESS_FILE, _gateway))
+
+
+def read_access_since(path: Path, since_s: float) -> list[GatewayRecord]:
+    """The outcomes of an access log that began at or after ``since_s``, read from its end (it may be long)."""
+    if not path.exists():
+        return []
+    chunk = 1 << 20
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        while True:
+            start = max(0, size - chunk)
+            file.seek(start)
+            lines = file.read(size - start).split(b"\n")[:-1]
+            # Cut in the middle of a line, unless this is the file's beginning.
+            found = [_access_line(path, line) for line in (lines if start == 0 else lines[1:])]
+            # Lines stand in the order of their ends; nothing took longer than the margin.
+            if start == 0 or (found and found[0].at_s < since_s - _LONGEST_S):
+                return [record for record in found if record.at_s >= since_s]
+            chunk *= 2
+
+
+def _access_line(path: Path, line: bytes) -> GatewayRecord:
+    try:
+        return _gateway(json.loads(line))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"a line is not a record ({error!r})", where=path) from error
 
 
 def read_attempts(folder: Path) -> list[GatewayRecord]:

@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+import prometheus_client
+
 from endcap.errors import EndcapError, InputError
 from endcap.processes import bind_to_parent
 from serving import impressions
@@ -44,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     except EndcapError as error:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = FeedbackMetrics()
     app = FeedbackApp(arguments.database, key, metrics)
     writers: list[Writer] = []

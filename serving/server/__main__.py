@@ -59,9 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
 
+    import prometheus_client
+
     from serving.server.app import Replica, ServerApp
     from serving.server.service import Pool, Service, load_service
 
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     pool = Pool(workers=arguments.workers, timeout_s=arguments.timeout_s, max_waiting=arguments.max_waiting)
     app = ServerApp(Replica(arguments.version, arguments.zone), pool, impression_key=key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,8 +95,9 @@ class ServerApp:
             if service is None:
                 raise NotReadyError("the model is being verified and loaded", where="server",
                                     next_step="try another replica, or later")  # fmt: skip
-            answer = await (self._recommend(service, body) if route == "recommend"
-                            else self._infer(service, scope["path"], body))  # fmt: skip
+            within_s = _within_s(scope)
+            answer = await (self._recommend(service, body, within_s) if route == "recommend"
+                            else self._infer(service, scope["path"], body, within_s))  # fmt: skip
             status, outcome = 200, "answered"
         except ConnectionError:
             return
@@ -112,9 +114,9 @@ class ServerApp:
         self.metrics.attempts[route, outcome].inc()
         self.metrics.latency[route].observe(time.perf_counter() - begun_s)
 
-    async def _recommend(self, service: Service, body: bytes) -> bytes:
+    async def _recommend(self, service: Service, body: bytes, within_s: float) -> bytes:
         request = parse_request(body, max_k=service.manifest.top_k)
-        answer = await service.recommend(request, self._pool)
+        answer = await service.recommend(request, self._pool, within_s=within_s)
         if answer.fallback is not None:
             self.metrics.popular.inc()
         token: str | None = None
@@ -127,12 +129,12 @@ class ServerApp:
             "impression": token, "fallback": answer.fallback,
         })  # fmt: skip
 
-    async def _infer(self, service: Service, path: str, body: bytes) -> bytes:
+    async def _infer(self, service: Service, path: str, body: bytes, within_s: float) -> bytes:
         if self._model(service, path, "/infer") is None:
             raise UnknownModelError("no such model", where=path, next_step=f"ask for {service.manifest.name}")
         request = oip.parse_infer(body, service.manifest)
         service.catalogue.check_indices(request.inputs, service.manifest.inputs[0].name)
-        outputs = await self._pool.run(service.engine, request.inputs)
+        outputs = await self._pool.run(service.engine, request.inputs, within_s=within_s)
         return oip.format_answer(request, outputs, service.manifest, version=self._replica.version)
 
     async def _look(self, path: str, scope: Scope, send: Send) -> None:
@@ -182,6 +184,14 @@ class UnknownModelError(InputError):
 
 def _method_error(allowed: str) -> InputError:
     return InputError("method not allowed", where="method", next_step=f"use {allowed}")
+
+
+def _within_s(scope: Scope) -> float:
+    """How long the gateway waits for this attempt, as Envoy says; it has given up on what takes longer."""
+    for name, value in scope["headers"]:
+        if name == b"x-envoy-expected-rq-timeout-ms":
+            return int(value) / 1000 if value.isdigit() and 0 < len(value) < 10 and int(value) else math.inf
+    return math.inf
 
 
 def _status(error: EndcapError) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ class Pool:
         self._max_waiting = max_waiting
         self.waiting = 0
 
-    async def run(self, engine: Engine, inputs: Tensors) -> dict[str, NDArray[Any]]:
-        """All outputs by name.
+    async def run(self, engine: Engine, inputs: Tensors, *, within_s: float = math.inf) -> dict[str, NDArray[Any]]:
+        """All outputs by name. ``within_s``: how long the caller waits; a shorter limit than our own holds.
 
         Raises:
             OverloadedError: too many wait already.
@@ -56,12 +57,13 @@ class Pool:
             raise OverloadedError(f"{self.waiting} requests wait already", where="server",
                                   next_step="try another replica, or later")  # fmt: skip
         ticket = engine.ticket()
+        limit_s = min(self._timeout_s, within_s)
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(limit_s):
                 return await asyncio.get_running_loop().run_in_executor(self._executor, engine.run, inputs, ticket)
         except TimeoutError:
-            raise GraphTimeoutError(f"no answer from the graph within {self._timeout_s} s", where="graph",
+            raise GraphTimeoutError(f"no answer from the graph within {limit_s:g} s", where="graph",
                                     next_step="try again") from None  # fmt: skip
         finally:
             self.waiting -= 1
@@ -82,13 +84,13 @@ class Service:
     verification_s: float
     load_s: float
 
-    async def recommend(self, request: RecommendRequest, pool: Pool) -> Recommendation:
+    async def recommend(self, request: RecommendRequest, pool: Pool, *, within_s: float = math.inf) -> Recommendation:
         """The graph's answer, or the documented fallback."""
         known = self.catalogue.known(request.history)
         if not known:
             return self.catalogue.popular(request.history, request.k)
         tensor = history_tensor(known, self.manifest)
-        outputs = await pool.run(self.engine, {self.manifest.inputs[0].name: tensor})
+        outputs = await pool.run(self.engine, {self.manifest.inputs[0].name: tensor}, within_s=within_s)
         answer = self.catalogue.answer(known, outputs["items"][0], outputs["scores"][0], request.k)
         return answer if answer.items else self.catalogue.popular(request.history, request.k)
 

@@ -76,7 +76,7 @@ def test_a_stalled_graph_holds_neither_health_nor_others(server: Program) -> Non
     with httpx.Client(base_url=server.url, timeout=0.5) as client, pytest.raises(httpx.ReadTimeout):
         client.post("/v1/recommend", json={"shopper": "1", "history": [ITEMS[20]]})
     # Its run goes on (30 s are allowed); meanwhile:
-    assert 'in_flight{version="2"} 1.0' in server.get("/metrics").text
+    wait_until(lambda: 'in_flight{version="2"} 1.0' in server.get("/metrics").text, "the run is under way")
     assert server.get("/v2/health/ready").status_code == 200
     assert recommend(server, ["104"]).status_code == 200
 
@@ -151,7 +151,7 @@ def test_a_port_in_use_and_a_bad_key_are_said_on_one_line(folder: Path, tmp_path
 def test_sigterm_fails_readiness_first_and_loses_no_request(folder: Path, tmp_path: Path) -> None:
     """As behind a gateway: senders stop once an answer tells that the replica is draining."""
     port = free_port()
-    with started(arguments(folder, port, "--drain-s", "1.0", package="slow"), port, tmp_path / "log") as program:
+    with started(arguments(folder, port, "--drain-s", "30", package="slow"), port, tmp_path / "log") as program:
         program.wait_for("/v2/health/ready")
         statuses: list[int] = []
         told: list[bool] = []

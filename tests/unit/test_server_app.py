@@ -122,6 +122,15 @@ def test_more_than_can_wait_are_turned_away_at_once(impatient: AsgiClient) -> No
     assert sorted(impatient.run(crowd())) == [503, 503, 504, 504, 504]
 
 
+def test_a_run_that_the_gateway_no_longer_waits_for_is_ended(client: AsgiClient) -> None:
+    body = {"shopper": "1", "history": [ITEMS[20]]}
+    answer = client.post(RECOMMEND, body, headers=[(b"x-envoy-expected-rq-timeout-ms", b"50")])
+    assert (answer.status, answer.json["error"]["what"]) == (504, "no answer from the graph within 0.05 s")
+    for said in (b"", b"0", b"-1", b"soon", b"9" * 40):
+        headers = [(b"x-envoy-expected-rq-timeout-ms", said)]
+        assert client.post(RECOMMEND, {"shopper": "1", "history": ["104"]}, headers=headers).status == 200
+
+
 def test_open_inference_protocol(client: AsgiClient) -> None:
     assert client.get("/v2").json["name"] == "endcap"
     assert client.get("/v2/models/recommender").json["inputs"][0]["datatype"] == "INT64"

@@ -102,9 +102,7 @@ class Envoy:
         Raises:
             TargetError: Envoy refused them (with its reason) or did not take them in time.
         """
-        version = next(self._versions)
-        document = xds.routes(self.settings, weights, version=version)
-        await asyncio.to_thread(write_json, xds.routes_file(self.settings), document)
+        version = await self.write_routes(weights)
         ends_at = time.monotonic() + deadline_s
         while True:
             status = await self.admin.routes()
@@ -113,6 +111,13 @@ class Envoy:
             if time.monotonic() > ends_at:
                 raise TargetError(f"the gateway did not take the new shares: {status.refused or 'no answer'}")
             await asyncio.sleep(_POLL_S)
+
+    async def write_routes(self, weights: Mapping[str, int]) -> str:
+        """Hand weights to the gateway without waiting; returns the version to look for."""
+        version = next(self._versions)
+        document = xds.routes(self.settings, weights, version=version)
+        await asyncio.to_thread(write_json, xds.routes_file(self.settings), document)
+        return version
 
     async def set_clusters(self, labels: Sequence[str], feedback: Endpoint | None) -> None:
         document = xds.clusters(self.settings, labels, feedback, version=next(self._versions))

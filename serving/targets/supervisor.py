@@ -425,6 +425,8 @@ class Supervisor:
             await self.envoy.set_routes(given)
         except TargetError:
             self._save(shares=before)
+            # A gateway that starts again must not find shares that nobody was told are in force.
+            await self.envoy.write_routes(weights(dict(before)) if before else {})
             raise
         self.emit(TargetEvent("shares_set", detail=" ".join(f"{k}={v / 100:g}%" for k, v in given.items())))
 

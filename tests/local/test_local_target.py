@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -50,6 +51,7 @@ def target(folder: Path) -> Iterator[LocalTarget]:
 def token(target: LocalTarget) -> Iterator[int]:
     token = target.acquire("test")
     yield token
+    token = target.acquire("test")
     stable = ModelVersion("1", target.state().versions["1"])
     target.set_shares({stable: 1.0}, token=token)
     for label in target.state().versions:
@@ -201,9 +203,7 @@ def test_a_replica_that_cannot_start_is_a_capacity_error_in_its_own_words(
     assert target.healthy() == {"1": 4}
 
 
-def test_an_older_token_is_refused_even_in_the_middle_of_its_work(
-    target: LocalTarget, folder: Path, token: int
-) -> None:
+def test_an_older_token_is_refused(target: LocalTarget, folder: Path, token: int) -> None:
     stable = stable_of(folder)
     with pytest.raises(FencedError):
         target.set_shares({stable: 1.0}, token=token - 1)
@@ -211,6 +211,18 @@ def test_an_older_token_is_refused_even_in_the_middle_of_its_work(
         target.retire("2", token=token - 1)
     with pytest.raises(FencedError):
         target.ensure_capacity({stable: 1.0}, token=token - 1)
+
+
+def test_who_takes_over_stops_what_the_last_holder_began(target: LocalTarget, folder: Path, token: int) -> None:
+    never = ModelVersion("never", package(folder / "never", never_ready=True))
+    with ThreadPoolExecutor(1) as pool:
+        growing = pool.submit(target.ensure_capacity, {never: 0.05}, token=token)
+        eventually(lambda: any(replica.version == "never" for replica in target.replicas()))
+        later = target.acquire("later")
+        with pytest.raises(FencedError):
+            growing.result(timeout=20)
+    assert {replica.version for replica in target.replicas()} == {"1"}
+    target.ensure_capacity({stable_of(folder): 1.0}, token=later)
 
 
 def test_what_cannot_be_is_refused(target: LocalTarget, folder: Path, token: int) -> None:

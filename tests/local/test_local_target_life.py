@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from endcap.errors import BusyError, FencedError, InputError, StateError, TargetError, VerificationError
+from endcap.files import write_json
 from serving.targets import LocalTarget, ModelVersion, open_target, start_local_target
 from tests.local.load import Load, eventually
 from tests.local.test_local_target import config, package, stable_of
@@ -90,6 +91,19 @@ def test_everything_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
         target.close()
         parent.kill()
     eventually(lambda: not any(map(alive, family)), what="supervisor and children are gone")
+
+
+def test_one_that_is_ended_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    wanted = config(tmp_path)
+    package(tmp_path / "1", never_ready=True)
+    write_json(wanted.folder / "config.json", wanted.model_dump(mode="json"))
+    argv = [sys.executable, "-m", "serving.targets.supervisor", "--config", str(wanted.folder / "config.json")]
+    with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as supervisor:
+        eventually(lambda: len(children_of(supervisor.pid)) == 3, what="the gateway and two replicas are starting")
+        children = children_of(supervisor.pid)
+        supervisor.terminate()
+        assert supervisor.wait(20) == 0
+    assert not any(map(alive, children))
 
 
 def test_a_second_supervisor_in_the_folder_is_turned_away(tmp_path: Path, started: LocalTarget) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -169,7 +170,7 @@ def _run(config: RunConfig, on_event: Callable[[StepEvent], None]) -> PipelineRe
     arguments = _arguments(config)
     write_json(work / "config.json", {"root": str(work / "artifacts"), "arguments": arguments})
     process = spawn([sys.executable, "-m", "pipelines.local", str(work / "config.json")], log=log,
-                    env={PROGRESS_VARIABLE: str(progress), "MLFLOW_DISABLE_TELEMETRY": "true"})  # fmt: skip
+                    env=_environment(progress))  # fmt: skip
     seen: list[StepEvent] = []
     tail = _Tail(progress)
     try:
@@ -184,6 +185,15 @@ def _run(config: RunConfig, on_event: Callable[[StepEvent], None]) -> PipelineRe
         stop(process)
     _raise_failure(seen, process.returncode, log)
     return _collect(config, work, seen)
+
+
+def _environment(progress: Path) -> dict[str, str]:
+    return {
+        PROGRESS_VARIABLE: str(progress),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # OpenMP's threads that spin as they wait cost several times the work where others want the cores too.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -17,7 +17,7 @@ from endcap.errors import PackageError
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
 
-__all__ = ["open_graph", "rank_by_graph", "run_graph"]
+__all__ = ["open_graph", "open_graph_bytes", "rank_by_graph", "run_graph"]
 
 
 def open_graph(path: Path, *, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -26,15 +26,20 @@ def open_graph(path: Path, *, threads: int | None = None) -> onnxruntime.Inferen
     Raises:
         PackageError: ONNX Runtime cannot load it.
     """
+    return open_graph_bytes(path.read_bytes(), where=path, threads=threads)
+
+
+def open_graph_bytes(graph: bytes, *, where: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """:func:`open_graph` of a graph in memory; ``where`` is named in errors."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or min(4, len(os.sched_getaffinity(0)))
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's exceptions share no base but this
-        raise PackageError(f"ONNX Runtime cannot load the graph ({str(error).splitlines()[0]})", where=path) from error
+        raise PackageError(f"ONNX Runtime cannot load the graph ({str(error).splitlines()[0]})", where=where) from error
 
 
 def run_graph(session: onnxruntime.InferenceSession, history: NDArray[np.int64]

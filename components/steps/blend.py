@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from components.evaluation.ranking import ndcg_at, ranks_in_scores
+from components.evaluation.ranking import ndcg_at
 from components.models.histories import batches_by_length
 from components.steps.stored_models import BLEND, ITEM_KNN, TRANSFORMER, StoredModels, scorer
 
-__all__ = ["SHARES", "ChosenBlend", "choose_blend"]
+__all__ = ["SHARES", "ChosenBlend", "choose_blend", "shares_of"]
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 """Of item-kNN; 0 is the transformer alone and 1 is item-kNN alone."""
@@ -31,8 +32,13 @@ class ChosenBlend:
     """By share."""
 
 
+def shares_of(logits: Tensor, similar: Tensor) -> tuple[Tensor, Tensor]:
+    """Both opinions as shares that sum to one a row, as :class:`~components.models.graph.BlendScorer` mixes them."""
+    return torch.softmax(logits, dim=-1), similar / similar.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+
+
 def choose_blend(models: StoredModels, histories: Sequence[NDArray[np.integer]], targets: NDArray[np.integer], *,
-                 seed: int, shoppers: int = 8000) -> ChosenBlend:  # fmt: skip
+                 seed: int, shoppers: int = 5000) -> ChosenBlend:  # fmt: skip
     """Rank validation's targets under every share of :data:`SHARES`.
 
     Args:
@@ -52,12 +58,16 @@ def choose_blend(models: StoredModels, histories: Sequence[NDArray[np.integer]],
     with torch.inference_mode():
         for index, batch in batches_by_length(picked, 256):
             history, target = torch.from_numpy(batch), torch.from_numpy(wanted[index])
-            likely = torch.softmax(transformer(history), dim=-1)
-            similar = knn(history)
-            similar = similar / similar.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+            opinions = []
+            for scores in shares_of(transformer(history), knn(history)):
+                # Below every share, which are zero or more: masked once for all mixtures.
+                masked = scores.scatter(1, history, -1.0)
+                masked[:, 0] = -1.0
+                opinions.append(masked)
             for share in SHARES:
-                mixed = torch.lerp(likely, similar, share)
-                ranks[share][index] = ranks_in_scores(mixed, history, target).numpy()
+                mixed = torch.lerp(opinions[0], opinions[1], share)
+                aimed = mixed.gather(1, target[:, None])
+                ranks[share][index] = (torch.count_nonzero(mixed >= aimed, dim=1) - 1).numpy()
     quality = {share: float(ndcg_at(ranks[share], 10).mean()) for share in SHARES}
     best = max(SHARES, key=lambda share: quality[share])
     inner = max((share for share in SHARES if 0.0 < share < 1.0), key=lambda share: quality[share])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from components.data import LeaveOneOut
 from components.evaluation import Evaluation, Ranked, evaluate, with_measured
@@ -18,7 +19,7 @@ from components.export.graph import Parity, check_parity, export_graph
 from components.models.graph import RecommenderGraph
 from components.models.item_knn import fit_item_knn
 from components.models.popularity import fit_popularity
-from components.steps.blend import choose_blend
+from components.steps.blend import choose_blend, shares_of
 from components.steps.stored_models import BLEND, ITEM_KNN, POPULARITY, TRANSFORMER, StoredModels, scorer
 from components.training.config import EpochRecord, TrainingConfig
 from components.training.trainer import train_transformer
@@ -80,24 +81,34 @@ def purchases(train: Sequence[NDArray[np.integer]], n_items: int) -> NDArray[np.
 def evaluate_models(split: LeaveOneOut, models: StoredModels, *, candidate: str, seed: int
                     ) -> tuple[Evaluation, dict[str, Ranked]]:  # fmt: skip
     """All models side by side on the test split; what validation decides (blend, candidate) is decided first."""
-    names = [POPULARITY, ITEM_KNN]
     pairs = [(ITEM_KNN, POPULARITY)]
     blend: Mapping[str, float] = {}
     share, chosen = 0.0, candidate
     if models.transformer is not None:
         best = choose_blend(models, split.histories("valid"), split.valid_target, seed=seed)
         share, chosen = best.knn_share, best.candidate if candidate == BEST else candidate
-        names += [TRANSFORMER, BLEND]
         pairs += [(TRANSFORMER, ITEM_KNN), (BLEND, ITEM_KNN), (BLEND, TRANSFORMER)]
         blend = {"knn_share": share, **{f"valid_ndcg_at_10_at_{s:g}": q for s, q in best.valid_ndcg_at_10.items()}}
     histories = split.histories("test")
-    ranked = {
-        name: rank_and_list(name, scorer(models, name, share), histories, split.test_target, top_k=TOP_K)
-        for name in names
-    }
+    ranked = rank_and_list(_all_scores(models, share), histories, split.test_target, top_k=TOP_K)
     evaluation = evaluate(list(ranked.values()), split="test", histories=histories,
                           purchases=purchases(split.train, split.n_items), pairs=pairs, seed=seed)  # fmt: skip
     return with_measured(evaluation, candidate=chosen, blend=blend), ranked
+
+
+def _all_scores(models: StoredModels, knn_share: float) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The scores of all models; what the blend shares with the others is computed once."""
+    popularity, knn = scorer(models, POPULARITY).eval(), scorer(models, ITEM_KNN).eval()
+    transformer = scorer(models, TRANSFORMER).eval() if models.transformer is not None else None
+
+    def score(history: Tensor) -> dict[str, Tensor]:
+        scores = {POPULARITY: popularity(history), ITEM_KNN: knn(history)}
+        if transformer is not None:
+            logits = transformer(history)
+            scores |= {TRANSFORMER: logits, BLEND: torch.lerp(*shares_of(logits, scores[ITEM_KNN]), knn_share)}
+        return scores
+
+    return score
 
 
 def export_model(models: StoredModels, *, model: str, knn_share: float, path: Path,

@@ -20,7 +20,6 @@ from serving.gateway.settings import label_of
 __all__ = ["Attempt", "AttemptCounts", "Outcome", "Tail", "Tally", "parse_attempt", "parse_outcome"]
 
 _SHOPPER_ROUTES = frozenset({"recommend", "infer"})
-_MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +176,8 @@ class Tail:
     def __init__(self, path: Path, *, offset: int = 0) -> None:
         self.path = path
         self._offset = offset
+        """After the last whole line: what is torn is read again, since its writer may die and it be cut off."""
         self._inode: int | None = None
-        self._rest = b""
 
     def lines(self, *, chunk_bytes: int = 1 << 20) -> list[bytes]:
         """The lines completed since the last call.
@@ -191,15 +190,14 @@ class Tail:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if (self._inode is not None and status.st_ino != self._inode) or status.st_size < self._offset:
-                    self._offset, self._rest = 0, b""
+                    self._offset = 0
                 self._inode = status.st_ino
                 file.seek(self._offset)
+                rest = b""
                 while chunk := file.read(chunk_bytes):
-                    self._offset += len(chunk)
-                    *whole, self._rest = (self._rest + chunk).split(b"\n")
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    self._offset += sum(len(line) + 1 for line in whole)
                     found.extend(line for line in whole if line)
-                    if len(self._rest) > _MAX_LINE_BYTES:
-                        self._rest = b""
         except FileNotFoundError:
             return found
         except OSError as error:

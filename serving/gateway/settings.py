@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from endcap.errors import InputError
@@ -72,6 +72,13 @@ class GatewaySettings:
     """Shorter than any model server's keep-alive (uvicorn: 5 s), so that a server never closes a connection
     under a request, which would count as a failed attempt of its version."""
     version_header: str = "x-endcap-version"
+
+    def patient_for(self, thresholds_ms: Sequence[int]) -> GatewaySettings:
+        """These settings, with tries long enough to tell whether an answer keeps to each threshold."""
+        needed_s = 1.25 * max(thresholds_ms, default=0) / 1000
+        if needed_s <= self.try_timeout_s:
+            return self
+        return replace(self, try_timeout_s=needed_s, request_timeout_s=self.retries * needed_s + 1.5)
 
     @property
     def attempts_log(self) -> Path:

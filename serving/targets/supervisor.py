@@ -93,7 +93,7 @@ class Supervisor:
         port = config.gateway_port or _still_free(config.host, self.kept.gateway_port)
         settings = GatewaySettings(
             config.folder / "xds", config.records, zones=config.zones, host=config.host, port=port
-        )
+        ).patient_for(config.thresholds_ms)
         self.envoy = Envoy(settings, log=config.folder / "logs" / "envoy.log")
         self._impression_key = _impression_key(config.folder)
         self.fleet = Fleet(config, impression_key=self._impression_key, emit=self.emit, publish=self._publish)
@@ -226,12 +226,14 @@ class Supervisor:
     async def _publish(self, label: str) -> None:
         if label not in self._clustered:
             return
+        first = label not in self._unpublished
         self._unpublished.add(label)
         try:
             async with self._placing:  # one writer: what is read is what is written last
                 await self.envoy.set_endpoints(self.fleet.endpoints(label))
         except StorageError as error:  # tried again with each look at the gateway's health
-            log.error("replicas of version %s not published: %s", label, error)
+            if first:
+                log.error("replicas of version %s not published: %s", label, error)
         else:
             self._unpublished.discard(label)
 
@@ -378,7 +380,10 @@ class Supervisor:
         leaving = [slot for slot in self.fleet.slots.values() if slot in added]
         for slot in leaving:
             self.fleet.slots.pop((slot.version.label, slot.zone, slot.index), None)
-        await self._place_clusters(clusters)
+        try:
+            await self._place_clusters(clusters)
+        except StorageError as error:  # the first error is the one to report; without a share nobody is sent there
+            log.error("%s", error)
         await self.fleet.remove(leaving)
 
     def _keep_versions(self, needs: Mapping[ModelVersion, int]) -> None:
@@ -434,7 +439,7 @@ class Supervisor:
         label = request.label
         async with self._writing:
             self._fence(request.token)
-            if self.kept.version(label) is None:
+            if self.kept.version(label) is None and label not in self._clustered:
                 return
             if dict(self.kept.shares).get(label, 0) > 0:
                 raise TargetError(f"version {label} still has a share", next_step="give its share to another first")

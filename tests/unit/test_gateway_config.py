@@ -81,6 +81,13 @@ def test_a_request_whose_first_two_attempts_hang_still_has_time_for_the_third() 
     assert SETTINGS.retries * SETTINGS.try_timeout_s + 1 <= SETTINGS.request_timeout_s
 
 
+def test_a_slow_objective_gets_tries_long_enough_to_judge_it() -> None:
+    assert SETTINGS.patient_for([100, 250]) == SETTINGS
+    slow = SETTINGS.patient_for([100, 2000])
+    assert slow.try_timeout_s > 2
+    assert slow.retries * slow.try_timeout_s + 1 <= slow.request_timeout_s
+
+
 def test_each_zone_is_a_locality_of_equal_weight_and_an_empty_one_is_left_out() -> None:
     replicas = VersionEndpoints("7", (Endpoint("b", 3), Endpoint("a", 2), Endpoint("a", 1)))
     assignment = resource(xds.endpoints(SETTINGS, replicas, version="1"))

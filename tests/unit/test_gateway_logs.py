@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from endcap.files import JsonLines
 from serving.gateway import Tail, Tally
 from serving.gateway.logs import parse_attempt, parse_outcome
 
@@ -116,6 +117,19 @@ def test_a_torn_last_line_waits_for_its_rest(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b"o\n")
     assert tail.lines() == [b"two"]
+
+
+def test_a_torn_line_that_is_cut_off_makes_no_line_count_twice(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntw")
+    tail = Tail(path)
+    assert tail.lines() == [b"one"]
+    JsonLines(path).close()  # what is done before a killed gateway starts again
+    assert path.read_bytes() == b"one\n"
+    assert tail.lines() == []
+    with path.open("ab") as file:
+        file.write(b"three\n")
+    assert tail.lines() == [b"three"]
 
 
 def test_a_file_that_is_rotated_cut_or_not_there_yet(tmp_path: Path) -> None:

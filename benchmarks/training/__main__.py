@@ -56,8 +56,8 @@ def _bench(given: argparse.Namespace) -> None:
                 (out / f"{old}.{ending}").unlink(missing_ok=True)
         dataset = obtain(Source(file=given.data)).dataset
         if dataset.synthetic:
-            raise DataError("the published data cannot be had, and a synthetic shop would prove nothing",
-                            next_step="set ENDCAP_DATA_MIRROR to a folder that has it, or give a file (--data)")  # fmt: skip
+            raise DataError("the published data cannot be had; a synthetic shop would prove nothing",
+                            next_step="name a folder that has it in ENDCAP_DATA_MIRROR, or give --data")  # fmt: skip
         save_split(out / "split.npz", leave_one_out(dataset))
         load_before = os.getloadavg()
         started_at_s = time.time()

@@ -117,8 +117,11 @@ class Transformer(nn.Module):
             history: ``int64 [b, l]``, left-padded with 0, newest last.
             newest_only: only after the newest item, ``[b, 1, d]``; otherwise after every item, ``[b, l, d]``.
         """
-        padding = history == 0
-        states = self.item_dropout(self.items(history) * math.sqrt(self.config.dimensions))
+        return self.encode_vectors(self.items(history), history == 0, newest_only=newest_only)
+
+    def encode_vectors(self, vectors: Tensor, padding: Tensor, *, newest_only: bool = False) -> Tensor:
+        """:meth:`encode` of items already looked up: ``vectors [b, l, d]``, ``padding`` bool ``[b, l]``."""
+        states = self.item_dropout(vectors * math.sqrt(self.config.dimensions))
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             states = block(states, padding, newest_only=newest_only and index == last)

@@ -47,7 +47,8 @@ def warm_start_vectors(
     """
     config = config or WarmStartConfig()
     random = np.random.default_rng([seed, 0x5EED])
-    noise = random.standard_normal((n_items + 1, dimensions)) / np.sqrt(dimensions)
+    noise = random.standard_normal((n_items + 1, dimensions))
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     table = co_occurrence(
         train, n_items, distance_power=config.distance_power, backward=1.0, max_history=config.max_history
     ).tocoo()

@@ -24,14 +24,19 @@ def next_item_loss(model: Transformer, sequences: Tensor, negatives: Tensor | No
     """
     history, target = sequences[:, :-1], sequences[:, 1:]
     real = history > 0
-    states = model.encode(history)[real]
     wanted = target[real]
     temperature = model.config.temperature
     if negatives is None:
+        states = model.encode(history)[real]
         logits = states @ model.item_vectors()[1:].T / temperature
         return functional.cross_entropy(logits, wanted - 1)
-    others = states @ model.item_vectors(negatives).T / temperature + math.log(model.n_items / len(negatives))
-    aimed = (states * model.item_vectors(wanted)).sum(dim=-1) / temperature
+    # One look-up for all three uses: each look-up of its own would cost a gradient of the whole item table.
+    rows = model.items(torch.cat([sequences.flatten(), negatives]))
+    vectors = rows[: sequences.numel()].reshape(*sequences.shape, -1)
+    states = model.encode_vectors(vectors[:, :-1], history == 0)[real]
+    drawn = functional.normalize(rows[sequences.numel() :], dim=-1)
+    others = states @ drawn.T / temperature + math.log(model.n_items / len(negatives))
+    aimed = (states * functional.normalize(vectors[:, 1:][real], dim=-1)).sum(dim=-1) / temperature
     others = others.masked_fill(negatives[None, :] == wanted[:, None], -torch.inf)
     everything = torch.logaddexp(others.logsumexp(dim=-1), aimed)
     return (everything - aimed).mean()

@@ -5,10 +5,11 @@ The verdict is made of both: Chaos Toolkit's journal (steady state before and af
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def run_drill(
     with FolderLock(out):
         journal_path.unlink(missing_ok=True)
         fault = _FAULTS.get(name, str(experiment["title"]))
+        promises = _promises(experiment)
         started_at_s = time.time()
-        _write(out, name, fault, Span(started_at_s, None, None, started_at_s), None)
+        _write(out, name, fault, Span(started_at_s, None, None, started_at_s), promises, None, None)
         process = spawn([*argv, str(EXPERIMENTS / f"{name}.yaml")], log=out / LOG_FILE, env=environment, leash=True)
         try:
             process.wait()
@@ -139,13 +141,12 @@ def run_drill(
         span = span_of(name, read_faults(records), started_at_s=started_at_s, ended_at_s=ended_at_s)
         _wait_for_records(records, ended_at_s)
         recovery = measure_recovery(declared, read_requests(records), read_target_events(records), span)
-        promises = _promises(experiment)
         reason = _reason(journal, recovery, promises)
         result = DrillResult(
             name=name, fault=fault, span=span, status=str(journal["status"]), held=reason is None, reason=reason,
             recovery=recovery, promises=promises, journal=journal_path,
         )  # fmt: skip
-        _write(out, name, fault, span, result.held)
+        _write(out, name, fault, span, promises, result.held, reason)
         return result
 
 
@@ -184,8 +185,7 @@ def _reason(journal: Mapping[str, Any], recovery: Recovery, promises: Promises) 
         return f"there was no steady state before it ({_first_fault(states.get('before'))})"
     for run in journal.get("run") or ():
         if run.get("status") == "failed":
-            said = "".join(run.get("exception") or ("",)).strip().splitlines() or ["no reason given"]
-            return f"{run['activity']['name']} failed ({said[-1]})"
+            return f"{run['activity']['name']} failed ({_said(run.get('exception') or ())})"
     if journal["status"] != "completed":
         return f"Chaos Toolkit's status is {journal['status']}"
     if journal.get("deviated"):
@@ -197,6 +197,13 @@ def _reason(journal: Mapping[str, Any], recovery: Recovery, promises: Promises) 
     if recovery.rto_s is None:
         return "shoppers' requests were not steady again when it ended"
     return f"{recovery.failed_requests} requests failed, {promises.failed_requests} are promised"
+
+
+def _said(exception: Sequence[str]) -> str:
+    """Our own error's first line, out of Chaos Toolkit's wrapping."""
+    text = "".join(exception).strip().rpartition("ActivityFailed: ")[2]
+    lines = re.sub(r"^(endcap\.errors\.)?\w*Error: ", "", text).splitlines()
+    return lines[0] if lines else "no reason given"
 
 
 def _first_fault(state: Mapping[str, Any] | None) -> str:
@@ -217,10 +224,14 @@ def _wait_for_records(records: Path, until_s: float) -> None:
         time.sleep(0.1)
 
 
-def _write(out: Path, name: str, fault: str, span: Span, was_held: bool | None) -> None:
+def _write(
+    out: Path, name: str, fault: str, span: Span, promises: Promises, was_held: bool | None, reason: str | None
+) -> None:
+    """``drill.json``; ``held`` null: it has not ended, or was killed."""
     document = {
         "name": name, "fault": fault, "started_at_s": span.started_at_s, "fault_at_s": span.fault_at_s,
-        "reverted_at_s": span.reverted_at_s, "ended_at_s": span.ended_at_s, "held": was_held,
+        "reverted_at_s": span.reverted_at_s, "ended_at_s": span.ended_at_s, "held": was_held, "reason": reason,
+        "promises": {"failed_requests": promises.failed_requests, "rto_s": promises.rto_s},
     }  # fmt: skip
     write_json(out / DRILL_FILE, document)
 

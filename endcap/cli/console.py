@@ -32,11 +32,12 @@ class Task:
     _id: int = 0
     _last_s: float = 0.0
 
-    def update(self, text: str, *, done: float | None = None, total: float | None = None) -> None:
+    def update(self, text: str, *, done: float | None = None, total: float | None = None, now: bool = False) -> None:
+        """``now``: worth a plain line of its own, however soon after the last."""
         if self._progress is not None:
             self._progress.update(self._id, description=f"{self._title}  [dim]{text}", completed=done, total=total)  # type: ignore[arg-type]
-        elif (now := time.monotonic()) - self._last_s >= _PLAIN_LINE_EVERY_S:
-            self._last_s = now
+        elif now or time.monotonic() - self._last_s >= _PLAIN_LINE_EVERY_S:
+            self._last_s = time.monotonic()
             self._console.print(f"  {self._title}: {text}", markup=False, highlight=False)
 
 

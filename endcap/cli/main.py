@@ -42,7 +42,7 @@ for name, commands in (
     ("report", report.app),
 ):
     app.add_typer(commands, name=name)
-app.command("demo")(demo.demo)
+app.command("demo", short_help="The main job, end to end, on this machine.")(demo.demo)
 
 
 def _version(wanted: bool) -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     except OSError as error:
         told = from_os_error(error, doing="running this command")
         _fail(str(told), told.exit_code, told.to_json())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last border: nobody sees a traceback unasked
         if type(error).__module__.split(".")[0] in ("click", "typer") and hasattr(error, "format_message"):
             message = error.format_message() or "see endcap --help"
             _fail(message, 2, {"error": "InputError", "what": message, "where": None, "next": "endcap --help"})

@@ -81,7 +81,9 @@ def show(package: Annotated[Path, typer.Argument(help="A package folder.")], jso
 
     console = Console(json_output=json_output)
     manifest = read_manifest(package)
-    console.say(f"{manifest.name}: {manifest.model} ({manifest.task}), top {manifest.top_k}, made {manifest.created_at}")
+    console.say(
+        f"{manifest.name}: {manifest.model} ({manifest.task}), top {manifest.top_k}, made {manifest.created_at}"
+    )
     console.table(
         ["variant", "file", "quality"],
         [

@@ -36,9 +36,7 @@ def roll_out(
         def tell(state: State, evidence: Evidence) -> None:
             _tell(console, task, spec, state, evidence)
 
-        return run_rollout(
-            spec, objectives, candidate, target, folder, packages=packages, on_decision=tell
-        )
+        return run_rollout(spec, objectives, candidate, target, folder, packages=packages, on_decision=tell)
 
 
 def _tell(console: Console, task: Task, spec: RolloutSpec, state: State, evidence: Evidence) -> None:

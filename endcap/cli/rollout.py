@@ -52,7 +52,9 @@ def start(
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(help="The rollout's folder.")], json_output: JsonOption = False) -> None:
+def status(
+    folder: Annotated[Path, typer.Argument(help="The rollout's folder.")], json_output: JsonOption = False
+) -> None:
     """Where a rollout stands."""
     from endcap.files import read_json
     from serving.rollout.state import State
@@ -101,10 +103,11 @@ def schema(kind: Annotated[str, typer.Argument(help="Rollout or Objectives.")] =
     """The JSON schema of the files that people write."""
     import json
 
+    from endcap.documents import Document
     from endcap.objectives import ObjectivesDocument
     from serving.rollout.spec import RolloutDocument
 
-    models = {"rollout": RolloutDocument, "objectives": ObjectivesDocument}
+    models: dict[str, type[Document]] = {"rollout": RolloutDocument, "objectives": ObjectivesDocument}
     if kind.lower() not in models:
         raise InputError(f"no document of kind {kind!r}", next_step="Rollout or Objectives")
     typer.echo(json.dumps(models[kind.lower()].model_json_schema(by_alias=True), indent=2))

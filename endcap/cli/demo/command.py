@@ -14,9 +14,9 @@ __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes; an earlier demo's is emptied.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything the demo makes; an earlier demo's is emptied.")
+    ] = Path("out/demo"),
     data: Annotated[
         Path | None, typer.Option(help="Data file, one line a shopper: `shopper item item ...`, oldest first.")
     ] = None,

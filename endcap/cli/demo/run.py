@@ -9,11 +9,11 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from endcap.cli.console import Console
 from endcap.cli.demo.folder import demo_folder
@@ -27,6 +27,10 @@ from endcap.package import ensure_signing_key
 from serving.rollout.spec import RolloutSpec, load_rollout
 from serving.rollout.state import Outcome
 from serving.targets import LocalTarget, ModelVersion, StableVersion, SupervisorConfig, start_local_target
+
+if TYPE_CHECKING:
+    from loadtests.run import LoadProcess
+    from pipelines.run import PipelineResult
 
 __all__ = ["DemoConfig", "run_demo"]
 
@@ -129,35 +133,36 @@ class _Demo:
     # ---- data, training, registry ----
 
     def _train(self) -> tuple[ModelVersion, Candidate]:
-        from pipelines.run import PipelineConfig, run_baseline, run_recommender
+        from pipelines.run import RunConfig, run_recommender
 
         config = self._config
         self._stage("Pipeline: data, training, evaluation, gate, export, signature, registry")
-        pipeline = PipelineConfig(
-            out=self._out, keys=config.keys, registry=self._out / "mlflow", name=NAME, data=config.data,
-            dataset=config.dataset, seed=config.seed, train_seconds=config.train_s,
+        registry = open_registry(str(self._out / "mlflow"))
+        trained = RunConfig(
+            out=self._out, registry_uri=registry.uri, keys=config.keys, name=NAME, file=config.data,
+            dataset=config.dataset, seed=config.seed, training_seconds=config.train_s, git_commit=_git_commit() or "",
         )  # fmt: skip
-        with self._console.task("first champion: item-kNN") as task:
-            baseline = run_baseline(pipeline, on_event=tell_progress(task))
-        with self._console.task("candidate: transformer") as task:
-            trained = run_recommender(pipeline, on_event=tell_progress(task))
-        self._data = trained.data
-        if trained.data.get("synthetic"):
-            self._console.say("  the data is SYNTHETIC: neither the network nor a mirror had the real one", style="yellow")
-        if not trained.registered or trained.version is None or trained.package is None:
-            raise OutcomeError(f"the gate did not let the candidate through: {trained.gate_reason}",
-                               where=self._out / "evaluation.json")  # fmt: skip
-        self._console.good(f"version {trained.version} ({trained.model}) beats the champion: {trained.gate_reason}")
-        self._names |= {baseline.version: "item-kNN", trained.version: trained.model}
-        self._expect(trained.version, Outcome.PROMOTED)
-        return (
-            ModelVersion(baseline.version, baseline.package),
-            Candidate(ModelVersion(trained.version, trained.package), trained.model, Outcome.PROMOTED),
-        )
+        first = replace(trained, out=self._out / "champion", candidate="item-knn")
+        with self._console.task("first champion, item-kNN") as task:
+            baseline = run_recommender(first, on_event=tell_progress(task))
+        stable = _registered(baseline)
+        registry.set_champion(NAME, stable.label)
+        with self._console.task("candidate, transformer") as task:
+            result = run_recommender(trained, on_event=tell_progress(task))
+        self._data = asdict(result.data)
+        if result.data.synthetic:
+            self._console.say("  the data is SYNTHETIC: it says nothing about real shoppers", style="yellow")
+        candidate = _registered(result)
+        model = result.evaluation.candidate or "candidate"
+        self._console.good(f"version {candidate.label} ({model}): {result.gate_reason}")
+        self._names |= {stable.label: "item-kNN", candidate.label: model}
+        self._expect(candidate.label, Outcome.PROMOTED)
+        return stable, Candidate(candidate, model, Outcome.PROMOTED)
 
     def _defective(self, good: ModelVersion) -> list[Candidate]:
         """Copies of a good package with a real defect each: signed and registered, but for the tampered one."""
         from components.packaging.defects import make_defective
+
         private_key, _ = ensure_signing_key(self._config.keys)
         registry = open_registry(str(self._out / "mlflow"))
         found = []
@@ -211,7 +216,7 @@ class _Demo:
         self._console.good(f"version {stable.label} is served at {target.url}")
         return target
 
-    def _load(self, target: LocalTarget):  # type: ignore[no-untyped-def]
+    def _load(self, target: LocalTarget) -> LoadProcess:
         from loadtests.run import LoadConfig, start_load
 
         self._stage(f"Load: {self._config.rate_rps:g} requests a second, open loop, until the end")
@@ -299,6 +304,13 @@ class _Demo:
         self._console.good(f"every outcome happened ({took:.0f} s)")
         self._console.say(f"report: {self._out / 'report.html'}")
         return document
+
+
+def _registered(result: PipelineResult) -> ModelVersion:
+    if result.version is None or result.package is None:
+        raise OutcomeError(f"the gate did not let the candidate through: {result.gate_reason}",
+                           where=result.shoppers.parent / "evaluation.json")  # fmt: skip
+    return ModelVersion(result.version, result.package)
 
 
 def _git_commit() -> str | None:

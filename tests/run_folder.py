@@ -1,7 +1,7 @@
 """A run folder as a demo leaves it, from a seed: raw records only, for tests of what is computed from them.
 
-Four rollouts (1 -> 2 promoted, 2 -> 3 rolled back by click-through, 2 -> 4 rolled back by availability, 2 -> 5
-refused) and two drills (a replica killed, a zone lost), under one load. Nothing here is a measurement.
+Five rollouts (1 -> 2 promoted; 2 -> 3, 4 and 5 rolled back by click-through, availability and latency; a tampered
+package refused) and two drills (a replica killed, a zone lost), under one load. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 START_S = 1_794_700_800.0
-CLICK_SHARE = {"1": 0.079, "2": 0.094, "3": 0.004, "4": 0.094}
+CLICK_SHARE = {"1": 0.079, "2": 0.094, "3": 0.004, "4": 0.094, "5": 0.094}
 
 OBJECTIVES = """\
 apiVersion: endcap.dev/v1alpha1
@@ -62,14 +62,21 @@ ROLLOUTS = (
     PlannedRollout(
         "2",
         "4",
-        ((122, 0.05), (136, 0.0)),
+        ((118, 0.05), (131, 0.0)),
         "rolled_back",
         "availability: shown to be worse than control by more than the margin",
     ),
     PlannedRollout(
         "2",
         "5",
-        ((144, 0.0), (144.6, 0.0)),
+        ((136, 0.05), (148, 0.0)),
+        "rolled_back",
+        "latency: shown to be worse than control by more than the margin",
+    ),
+    PlannedRollout(
+        "2",
+        "tampered",
+        ((151, 0.0), (151.6, 0.0)),
         "refused",
         "the package does not verify: model.onnx differs from its signed digest",
     ),
@@ -83,12 +90,13 @@ NAMES = {
     "2": "transformer + item-knn",
     "3": "2 with its item table permuted",
     "4": "2, failing part of the requests",
-    "5": "2, tampered with after signing",
+    "5": "2, stalling for part of the requests",
+    "tampered": "2, one byte changed after signing",
 }
 EXPECTED = {
-    "rollouts": {"2": "promoted", "3": "rolled_back", "4": "rolled_back", "5": "refused"},
+    "rollouts": {"2": "promoted", "3": "rolled_back", "4": "rolled_back", "5": "rolled_back", "tampered": "refused"},
     "drills": {
-        "replica-kill": {"held": True, "failed_requests": 0, "rto_s": 1.0},
+        "replica-kill": {"held": True, "failed_requests": 0},
         "zone-loss": {"held": True, "rto_s": 5.0},
     },
 }
@@ -221,6 +229,7 @@ def _requests(rng: np.random.Generator, rate: float) -> dict[str, np.ndarray[Any
         shares = shares_at(low)
         version[where] = rng.choice(list(shares), size=int(where.sum()), p=list(shares.values()))
     latency = rng.lognormal(math.log(0.0058), 0.33, n) + rng.exponential(0.0012, n)
+    latency[(version == "5") & (rng.random(n) < 0.3)] += 0.25
     status = np.full(n, 200)
     attempts = np.ones(n, dtype=int)
     first_failed = (version == "4") & (rng.random(n) < 0.3)
@@ -257,7 +266,7 @@ class _Seen:
         clicks = (CLICK_SHARE[canary], CLICK_SHARE[control], 0.1 * CLICK_SHARE[control])
         self.truth = {
             "availability": (0.7 if canary == "4" else 0.9997, 0.9997, 0.01),
-            "latency": (0.996, 0.997, 0.01),
+            "latency": (0.7 if canary == "5" else 0.996, 0.997, 0.01),
             "click-through": clicks,
         }
         self.counts = {name: [0, 0, 0, 0] for name in self.truth}
@@ -393,6 +402,8 @@ def make_run_folder(folder: Path, *, seed: int = 7, rate: float = 130.0, synthet
             "fault_at_s": START_S + at,
             "ended_at_s": START_S + end,
             "held": True,
+            "reason": None,
+            "promises": {"failed_requests": 0 if name == "replica-kill" else None, "rto_s": 5.0},
         }
         _json(folder / "drills" / name / "drill.json", drill)
         _json(folder / "drills" / name / "journal.json", {"status": "completed", "deviated": False})
@@ -429,7 +440,7 @@ def make_run_folder(folder: Path, *, seed: int = 7, rate: float = 130.0, synthet
             "version": None,
             "zone": None,
             "replica": None,
-            "detail": json.dumps(shares_at(t)),
+            "detail": " ".join(f"{label}={100 * share:g}%" for label, share in shares_at(t).items()),
         }
         for t in moments
     ]

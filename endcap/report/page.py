@@ -270,7 +270,7 @@ def _rollout_card(run: Run, number: int, pair: tuple[Rollout, RolloutSummary]) -
 
 def _drill_card(run: Run, number: int, drill: Drill, summary: DrillSummary, measured: Recovery | None) -> DrillCard:
     want = run.card.expected.drill(drill.name) if run.card.expected else None
-    objective = drill.rto_objective_s if drill.rto_objective_s is not None else want.rto_s if want else None
+    objective = want.rto_s if want is not None and want.rto_s is not None else drill.promises.rto_s
     met, expected = None, ""
     if want is not None:
         allowed = want.failed_requests
@@ -298,8 +298,9 @@ def _headline(summary: Summary, rollouts: Sequence[RolloutCard], drills: Sequenc
     for verdict in ("promoted", "rolled_back", "refused", "held"):
         labels = [card.summary.to for card in rollouts if card.summary.verdict == verdict]
         if labels:
-            noun, verb = ("version", "was") if len(labels) == 1 else ("versions", "were")
-            parts.append(f"{noun} {_listed(labels)} {verb} {SAID[verdict]}")
+            noun = "version" if all(label.isdigit() for label in labels) else "candidate"
+            many = len(labels) > 1
+            parts.append(f"{noun}{'s' if many else ''} {_listed(labels)} {'were' if many else 'was'} {SAID[verdict]}")
     if drills and all(card.drill.held for card in drills):
         kept = {1: "the drill", 2: "both drills"}.get(len(drills), f"all {len(drills)} drills")
         parts.append(f"the service withstood {kept}")

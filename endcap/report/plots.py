@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ Floats = NDArray[np.float64]
 CLICK_ROLLING_S = 15.0
 CLICK_AT_LEAST = 60
 MAX_DOTS = 2500
+_NOTE_WIDTH = 0.16
+"""The part of the width that a share's note takes on the narrowest page."""
 _NO_END = 1000
 """Groups of histories that reach this far have no end worth writing."""
 _LANE_WIDTH = 0.09
@@ -261,7 +264,8 @@ def _click_chart(run: Run, slices: Slices, x: Axis) -> Chart:
         for v in lines
         if slices.shown[v].sum() >= CLICK_AT_LEAST
     )
-    y = Axis(0, top, tuple(linear_ticks(0, top, 3)), format=percent)
+    # A little room below 0, so that a line at 0 is seen.
+    y = Axis(-0.04 * top, top, tuple(linear_ticks(0, top, 3)), format=percent)
     chart = Chart(f"Click-through by version over time. Whole run: {said or 'no impressions'}.", x, y, 118,
                   f"Click-through per version, over the last {CLICK_ROLLING_S:.0f} s")  # fmt: skip
     if goal is not None:
@@ -326,9 +330,11 @@ def _evidence(run: Run, rollout: Rollout, name: str) -> EvidencePlot | None:
     chart.line(times, high, f"thin {tone}")
     chart.line(times, difference, f"strong {tone}")
     chart.dots(times[-1:], difference[-1:], tone)
-    for at, share in _steps(rollout):
+    steps = _steps(rollout)
+    for (at, share), (until, _) in itertools.pairwise([*steps, (x.high, 0.0)]):
         chart.vline(at, "soft")
-        chart.text(at, y.high, percent(share), "end top" if x.one(at) > 0.85 else "start top")
+        if x.one(until) - x.one(at) > _NOTE_WIDTH:
+            chart.text(at, y.high, percent(share), "start top")
     decided = next((d for d in rollout.decisions if d.outcome is not None), None)
     if decided is not None:
         chart.vline(decided.at_s - start, "moment")

@@ -6,7 +6,7 @@ earlier report wrote is ever read.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,7 @@ class Data(_Part):
     synthetic: bool
     sha256: str = ""
     dropped: Dropped = Dropped()
+    caveats: tuple[str, ...] = ()
 
 
 class Epoch(_Part):
@@ -215,6 +216,13 @@ class Rollout:
     decisions: tuple[Decision, ...]
 
 
+class Promises(_Part):
+    """What the drill's own file promises; ``rto_s`` is an objective that is reported beside the time."""
+
+    failed_requests: int | None = None
+    rto_s: float | None = None
+
+
 class Drill(_Part):
     name: str
     fault: str
@@ -222,7 +230,8 @@ class Drill(_Part):
     fault_at_s: float | None = None
     ended_at_s: float | None = None
     held: bool | None = None
-    rto_objective_s: float | None = None
+    reason: str | None = None
+    promises: Promises = Promises()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +308,7 @@ class Run:
 
 
 P = TypeVar("P", bound=_Part)
+_SHARE = re.compile(r"(\S+)=(\d+(?:\.\d+)?)%")
 
 
 def _parse(model: type[P], document: Any, where: object) -> P:
@@ -433,14 +443,12 @@ def _attempts(home: Path) -> Attempts | None:
 
 
 def shares_set(events: tuple[records.TargetEvent, ...]) -> list[tuple[float, Mapping[str, float]]]:
-    """When which shares were set, from the target's events; events that say no shares are left out."""
+    """When which shares were set, from the target's events (``1=95% 2=5%``); unreadable ones are left out."""
     found: list[tuple[float, Mapping[str, float]]] = []
     for event in events:
-        if event.event != "shares_set" or not event.detail:
+        if event.event != "shares_set":
             continue
-        try:
-            shares = json.loads(event.detail)
-            found.append((event.at_s, {str(label): float(share) for label, share in shares.items()}))
-        except (ValueError, TypeError, AttributeError):
-            continue
+        parts = _SHARE.findall(event.detail or "")
+        if parts:
+            found.append((event.at_s, {label: float(percent) / 100 for label, percent in parts}))
     return found

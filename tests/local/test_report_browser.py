@@ -84,10 +84,11 @@ Math.min(...[...document.querySelectorAll('body *')]
   .filter(element => element.getClientRects().length)
   .map(element => parseFloat(getComputedStyle(element).fontSize)))
 """
-# Labels along one axis that touch cannot be read.
+# Labels of one plot or axis that touch cannot be read.
 _OVERLAPPING_LABELS = """
-[...document.querySelectorAll('.chart .x, .chart .y, .rows .axis')].flatMap(axis => {
-  const boxes = [...axis.children].map(label => label.getBoundingClientRect()).filter(box => box.width > 0);
+[...document.querySelectorAll('.chart .x, .chart .y, .chart .plot, .rows .axis, .lane')].flatMap(axis => {
+  const labels = [...axis.querySelectorAll('span')].filter(label => !label.matches('.more'));
+  const boxes = labels.map(label => label.getBoundingClientRect()).filter(box => box.width > 0);
   return boxes.flatMap((a, i) => boxes.slice(i + 1)
     .filter(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)
     .map(() => axis.parentElement.textContent.slice(0, 80)));

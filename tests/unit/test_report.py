@@ -14,9 +14,10 @@ import pytest
 from endcap.errors import InputError, StateError
 from endcap.objectives import load_objectives
 from endcap.outcomes import judge_requests
-from endcap.records import read_requests
+from endcap.records import TargetEvent, read_requests
 from endcap.report import build
 from endcap.report.page import SECTIONS
+from endcap.report.run import shares_set
 from tests.run_folder import EXPECTED, OBJECTIVES, make_run_folder, write_offline
 
 SUMMARY_KEYS = {
@@ -183,6 +184,14 @@ def test_objectives_are_read_as_everywhere_else(folder: Path) -> None:
     text = _Seen(page_of(folder)).text
     for outcome in outcomes:
         assert f"{outcome.counts.good:,} of {outcome.counts.total:,}" in text
+
+
+def test_shares_as_the_target_tells_them() -> None:
+    told = shares_set((
+        TargetEvent(5.0, "shares_set", detail="1=95% given-2=5%"), TargetEvent(6.0, "version_retired", version="1"),
+        TargetEvent(7.0, "shares_set", detail="damaged"), TargetEvent(8.0, "shares_set", detail="given-2=100%"),
+    ))  # fmt: skip
+    assert told == [(5.0, {"1": 0.95, "given-2": 0.05}), (8.0, {"given-2": 1.0})]
 
 
 # ---- ok and why not ----------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ app = typer.Typer(no_args_is_help=True, help="Drills: Chaos Toolkit experiments 
 @app.command("list")
 def list_drills(json_output: JsonOption = False) -> None:
     """The drills that endcap brings along."""
-    from chaos.drills import known_drills
+    from chaos.drills import drill_names
 
     console = Console(json_output=json_output)
-    found = known_drills()
-    console.table(["drill", "what it does"], [(drill.name, drill.title) for drill in found])
-    console.result([{"name": drill.name, "title": drill.title, "experiment": str(drill.path)} for drill in found])
+    for name in drill_names():
+        console.say(name)
+    console.result(drill_names())
 
 
 @app.command()

@@ -161,31 +161,33 @@ class _Demo:
 
     def _defective(self, good: ModelVersion) -> list[Candidate]:
         """Copies of a good package with a real defect each: signed and registered, but for the tampered one."""
-        from components.packaging.defects import make_defective
+        from components.packaging.defects import Defect, make_defective
 
-        private_key, _ = ensure_signing_key(self._config.keys)
+        private_key, public_key = ensure_signing_key(self._config.keys)
         registry = open_registry(str(self._out / "mlflow"))
         found = []
         for defect, about, outcome in (
-            ("permuted", "item table permuted: fast, healthy and wrong", Outcome.ROLLED_BACK),
-            ("failing", "fails for some of the histories", Outcome.ROLLED_BACK),
-            ("stalling", "stalls for some of the histories", Outcome.ROLLED_BACK),
-            ("tampered", "one byte changed after signing", Outcome.REFUSED),
+            (Defect.PERMUTED, "item table permuted: fast, healthy and wrong", Outcome.ROLLED_BACK),
+            (Defect.FAILING, "fails for some of the histories", Outcome.ROLLED_BACK),
+            (Defect.TAMPERED, "one byte changed after signing", Outcome.REFUSED),
         ):
-            folder = self._out / "packages" / defect
+            folder = self._out / "packages" / defect.value
             with self._console.task(f"making a defective package: {about}"):
-                make_defective(defect, good.package, folder, private_key=private_key, seed=self._config.seed)
-                if defect == "tampered":
-                    candidate = ModelVersion(defect, folder)
-                else:
-                    registered = registry.register(folder, name=NAME, metrics={}, params={"defect": defect},
-                                                   tags={"defect": defect}, aliases=(), run_name=defect)  # fmt: skip
-                    candidate = ModelVersion(
-                        registered.version, registry.resolve(f"models:/{NAME}/{registered.version}").package
-                    )
-            self._names[candidate.label] = about
-            self._expect(candidate.label, outcome)
-            found.append(Candidate(candidate, about, outcome))
+                make_defective(
+                    good.package, folder, defect, private_key=private_key, public_key=public_key,
+                    seed=self._config.seed,
+                )  # fmt: skip
+                # The registry refuses what is not what was packaged: the tampered copy can only come from elsewhere.
+                label = defect.value
+                if defect is not Defect.TAMPERED:
+                    registered = registry.register(
+                        folder, name=NAME, metrics={}, params={"defect": defect.value},
+                        tags={"defect": defect.value}, aliases=(), run_name=defect.value,
+                    )  # fmt: skip
+                    label = registered.version
+            self._names[label] = about
+            self._expect(label, outcome)
+            found.append(Candidate(ModelVersion(label, folder), about, outcome))
         return found
 
     def _given(self) -> list[Candidate]:

@@ -353,7 +353,13 @@ def read_run(folder: Path) -> Run:
         missing.append(f"records/{records.REQUESTS_FILE}")
     if attempts is None:
         missing.append(f"records/{records.ATTEMPTS_FILE}")
-    rollouts = tuple(_rollout(path) for path in _folders(folder / "rollouts"))
+    rollouts = []
+    for path in _folders(folder / "rollouts"):
+        rollout = _rollout(path)
+        if rollout is None:
+            missing.append(f"rollouts/{path.name}/state.json")
+        else:
+            rollouts.append(rollout)
     if not rollouts:
         missing.append("rollouts/")
     drills = _drills(folder / "drills")
@@ -365,7 +371,7 @@ def read_run(folder: Path) -> Run:
         raise InputError("nothing of a run is in this folder", where=folder,
                          next_step="name the folder of a run, such as out/demo")  # fmt: skip
     return Run(
-        card, data or card.data, training, evaluation, objectives, rollouts, drills, requests, attempts,
+        card, data or card.data, training, evaluation, objectives, tuple(rollouts), drills, requests, attempts,
         tuple(records.read_faults(home)), tuple(records.read_target_events(home)), tuple(missing),
     )  # fmt: skip
 
@@ -374,7 +380,8 @@ def _folders(home: Path) -> list[Path]:
     return sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
 
 
-def _rollout(home: Path) -> Rollout:
+def _rollout(home: Path) -> Rollout | None:
+    """None where the run was stopped between making the folder and the first decision."""
     path = home / "decisions.jsonl"
     decisions = tuple(
         _parse(Decision, record, f"{path}, line {number}") for number, record in enumerate(read_json_lines(path), 1)
@@ -385,7 +392,7 @@ def _rollout(home: Path) -> Rollout:
         return Rollout(home.name, state.stable, state.canary, state.started_at_s, state.ended_at_s, state.verdict,
                        state.reason, decisions)  # fmt: skip
     if not decisions:
-        raise StateError("a rollout without state.json and without decisions", where=home)
+        return None
     first = decisions[0]
     return Rollout(home.name, first.from_, first.to, first.at_s, None, None, decisions[-1].reason, decisions)
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from endcap.recovery import Recovery
-from endcap.report.run import Drill, Expected, Requests, Rollout, Run
+from endcap.report.run import Drill, Expected, ExpectedDrill, Requests, Rollout, Run
 from endcap.report.series import exact_percentile
 
 __all__ = [
@@ -207,12 +207,22 @@ _SAID = {"promoted": "promoted", "rolled_back": "rolled back", "refused": "refus
 def _reasons(run: Run, rollouts: tuple[RolloutSummary, ...], drills: tuple[DrillSummary, ...]) -> list[str]:
     found = [f"{name} is missing: the run did not get that far, or the file was moved" for name in run.missing]
     found += [f"The rollout of version {rollout.to} did not end" for rollout in rollouts if rollout.verdict is None]
+    for drill, entry in zip(run.drills, drills, strict=True):
+        want = run.card.expected.drill(drill.name) if run.card.expected else ExpectedDrill()
+        if entry.held is None:
+            found.append(f"The drill {drill.name} did not end")
+        elif want is not None and want.held is not None and entry.held is not want.held:
+            found.append(f"The drill {drill.name} was {'held' if entry.held else 'not held'}" + _because(drill.reason))
     if run.requests is not None and len(run.requests) == 0:
         found.append("The load sent no request")
     expected = run.card.expected
     if expected is None:
         return found
     return found + _unmet_rollouts(expected, rollouts) + _unmet_drills(expected, drills)
+
+
+def _because(reason: str | None) -> str:
+    return f": {reason}" if reason else ""
 
 
 def _unmet_rollouts(expected: Expected, rollouts: tuple[RolloutSummary, ...]) -> list[str]:
@@ -243,9 +253,6 @@ def _unmet_drills(expected: Expected, drills: tuple[DrillSummary, ...]) -> list[
         if drill is None:
             found.append(f"The drill {name} did not happen")
             continue
-        if want.held is not None and drill.held is not want.held:
-            said = {True: "held", False: "did not hold", None: "came to no end"}[drill.held]
-            found.append(f"The drill {name}: the steady state {said}")
         if want.failed_requests is not None and (drill.failed_requests or 0) > want.failed_requests:
             found.append(
                 f"The drill {name}: {drill.failed_requests} failed requests, at most {want.failed_requests} allowed"

@@ -243,11 +243,24 @@ def test_a_slow_recovery_is_reported_and_does_not_decide(folder: Path) -> None:
     assert _expect(folder, drills={"zone-loss": {"held": True, "rto_s": 0.5}}) == ()
 
 
-@pytest.mark.parametrize("held", [False, None])
-def test_a_drill_whose_steady_state_did_not_hold(folder: Path, held: bool | None) -> None:
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "nothing declared"])
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [(False, "The drill zone-loss was not held: too slow"), (None, "The drill zone-loss did not end")],
+)
+def test_a_drill_that_was_not_held(folder: Path, held: bool | None, reason: str, declared: bool) -> None:
     path = folder / "drills/zone-loss/drill.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": held}))
-    assert len(_expect(folder)) == 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held": held, "reason": "too slow"}))
+    if not declared:
+        (folder / "run.json").write_text(json.dumps({"name": "demo"}))
+    assert build(folder).reasons == (reason,)
+
+
+def test_a_rollout_that_was_stopped_before_its_first_decision(folder: Path) -> None:
+    (folder / "rollouts/06-7").mkdir()
+    (folder / "rollouts/06-7/rollout.yaml").write_text("{}")
+    (reason,) = build(folder).reasons
+    assert reason.startswith("rollouts/06-7/state.json is missing")
 
 
 def test_a_rollout_that_was_cut_off(folder: Path) -> None:

@@ -116,6 +116,7 @@ class Supervisor:
         self._control_token = secrets.token_urlsafe(32)
         self._control_url = ""
         self._started_at_s = time.time()
+        self._fault: str | None = None
         self.stopping = asyncio.Event()
 
     # Life
@@ -131,6 +132,9 @@ class Supervisor:
             self._write_target_file()
             log.info("serving at %s", self.envoy.url)
             await serve_control(control_app(self, self._control_token), listener, stopping=self.stopping.wait())
+            if self._fault is not None:
+                raise TargetError(self._fault, where=self.config.folder / "logs" / "supervisor.log",
+                                  next_step="start the target again; it resumes with the same shares")  # fmt: skip
         finally:
             self.stopping.set()
             listener.close()
@@ -190,6 +194,7 @@ class Supervisor:
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             log.error("%s ended", task.get_name(), exc_info=task.exception())
+            self._fault = self._fault or f"its watch over {task.get_name()} failed: {task.exception()!r}"
             self.stopping.set()
 
     def emit(self, event: TargetEvent) -> None:

@@ -26,7 +26,7 @@ _MASKED = -1e9
 class TransformerConfig:
     """The shape of the model, and what is dropped out of it in training."""
 
-    dimensions: int = 64
+    dimensions: int = 128
     """Width of item vectors and of the model."""
     blocks: int = 1
     """Attention blocks."""
@@ -79,7 +79,8 @@ class _Block(nn.Module):
         residual = states[:, -1:] if newest_only else states
         residual = residual + self.dropout(self.mix(mixed))
         expanded = functional.gelu(self.expand(self.forward_norm(residual)))
-        return cast(Tensor, residual + self.dropout(self.contract(self.dropout(expanded))))
+        # Nothing is dropped inside the wide layer: it made no difference on Beauty and costs a sixth of the time.
+        return cast(Tensor, residual + self.dropout(self.contract(expanded)))
 
     def _split(self, states: Tensor) -> Tensor:
         batch, _, width = states.shape

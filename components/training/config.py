@@ -20,9 +20,9 @@ class TrainingConfig:
     """Start the item vectors from co-occurrence; None: from noise."""
     seed: int = 7
     """Of everything random: start, order of batches, negatives, dropout."""
-    epochs: int = 15
+    epochs: int = 14
     """Passes over the training sequences; the learning rate falls to its floor over them."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Highest learning rate, reached after the warm-up."""
     warm_up_steps: int = 100
     """Batches over which the learning rate rises from zero."""

@@ -27,16 +27,17 @@ def next_item_loss(model: Transformer, sequences: Tensor, negatives: Tensor | No
     wanted = target[real]
     temperature = model.config.temperature
     if negatives is None:
-        states = model.encode(history)[real]
-        logits = states @ model.item_vectors()[1:].T / temperature
-        return functional.cross_entropy(logits, wanted - 1)
+        states = model.encode(history)[real] / temperature
+        return functional.cross_entropy(states @ model.item_vectors()[1:].T, wanted - 1)
     # One look-up for all three uses: each look-up of its own would cost a gradient of the whole item table.
     rows = model.items(torch.cat([sequences.flatten(), negatives]))
     vectors = rows[: sequences.numel()].reshape(*sequences.shape, -1)
-    states = model.encode_vectors(vectors[:, :-1], history == 0)[real]
-    drawn = functional.normalize(rows[sequences.numel() :], dim=-1)
-    others = states @ drawn.T / temperature + math.log(model.n_items / len(negatives))
-    aimed = (states * functional.normalize(vectors[:, 1:][real], dim=-1)).sum(dim=-1) / temperature
-    others = others.masked_fill(negatives[None, :] == wanted[:, None], -torch.inf)
-    everything = torch.logaddexp(others.logsumexp(dim=-1), aimed)
-    return (everything - aimed).mean()
+    states = model.encode_vectors(vectors[:, :-1], history == 0)[real] / temperature
+    others = states @ functional.normalize(rows[sequences.numel() :], dim=-1).T
+    aimed = (states * functional.normalize(vectors[:, 1:][real], dim=-1)).sum(dim=-1)
+    # A target that was drawn does not count against itself.
+    place = torch.full((model.n_items + 1,), -1).index_put((negatives,), torch.arange(len(negatives)))[wanted]
+    drawn = place >= 0
+    others[drawn, place[drawn]] = -torch.inf
+    rest = others.logsumexp(dim=-1) + math.log(model.n_items / len(negatives))
+    return (torch.logaddexp(rest, aimed) - aimed).mean()

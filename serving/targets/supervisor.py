@@ -16,14 +16,10 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
-
-import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from endcap.errors import (
     CapacityError,
@@ -36,10 +32,11 @@ from endcap.errors import (
     VerificationError,
 )
 from endcap.files import FolderLock, JsonLines, write_atomic, write_json
-from endcap.processes import bind_to_parent, free_port, spawn, stop
-from serving.gateway import AttemptCounts, Endpoint, Envoy, GatewaySettings, Tail, Tally, cluster_name, weights
+from endcap.processes import bind_to_parent
+from serving.gateway import AttemptCounts, Envoy, GatewaySettings, Tail, Tally, cluster_name, weights
 from serving.targets.base import Counts, ModelVersion, Observation, VersionObservation
-from serving.targets.children import exit_of, last_line, until_ready
+from serving.targets.children import exit_of
+from serving.targets.collector import Collector, VersionEvidence
 from serving.targets.config import (
     FAILED_FILE,
     TARGET_FILE,
@@ -70,18 +67,6 @@ _LOG_READ_S = 1.0
 _HEALTHY_WAIT_S = 5.0
 
 
-class _VersionEvidence(BaseModel):
-    model_config = ConfigDict(frozen=True)
-    closed: int = 0
-    clicked: int = 0
-    open: int = 0
-
-
-class _FeedbackEvidence(BaseModel):
-    model_config = ConfigDict(frozen=True)
-    versions: dict[str, _VersionEvidence] = Field(default_factory=dict)
-
-
 class Supervisor:
     """See the module. One instance, one event loop, in the main thread (children are bound to the thread)."""
 
@@ -108,10 +93,7 @@ class Supervisor:
         self._placing = asyncio.Lock()
         self._unpublished: set[str] = set()
         self._clustered: list[str] = []
-        self._feedback: subprocess.Popen[bytes] | None = None
-        self._feedback_at: Endpoint | None = None
-        self._evidence = _FeedbackEvidence()
-        self._client = httpx.AsyncClient(trust_env=False, timeout=1.0)
+        self.collector = Collector(config, impression_key=self._impression_key, emit=self.emit)
         self._tasks: set[asyncio.Task[None]] = set()
         self._control_token = secrets.token_urlsafe(32)
         self._control_url = ""
@@ -143,7 +125,11 @@ class Supervisor:
 
     async def _start(self) -> None:
         self.envoy.prepare()
-        await asyncio.gather(self._start_feedback(), self.envoy.start())
+        if self.config.feedback_module is None:
+            await self.envoy.start()
+        else:
+            await asyncio.gather(self.collector.start(), self.envoy.start())
+            self._keep(self.collector.watch(), "feedback")
         self._keep(self._watch_gateway(), "gateway")
         self._keep(self._watch_health(), "health")
         self._keep(self._watch_logs(), "logs")
@@ -181,9 +167,7 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.envoy.stop()
         await self.fleet.close()
-        if self._feedback is not None:
-            await asyncio.to_thread(stop, self._feedback, grace_s=3)
-        await self._client.aclose()
+        await self.collector.stop()
         self._events.close()
 
     def _keep(self, work: Coroutine[None, None, None], name: str) -> None:
@@ -213,7 +197,7 @@ class Supervisor:
         document = TargetFile(
             pid=os.getpid(), gateway_url=self.envoy.url, control_url=self._control_url,
             control_token=self._control_token, envoy_admin_url=self.envoy.admin.url,
-            feedback_url=None if self._feedback_at is None else f"http://{self.config.host}:{self._feedback_at.port}",
+            feedback_url=self.collector.url,
             records=self.config.records, public_key=self.config.public_key, started_at_s=self._started_at_s,
         )  # fmt: skip
         write_json(self.config.folder / TARGET_FILE, document.model_dump(mode="json"), mode=0o600)
@@ -225,7 +209,7 @@ class Supervisor:
         async with self._placing:
             for label in labels:
                 await self.envoy.set_endpoints(self.fleet.endpoints(label))
-            await self.envoy.set_clusters(labels, self._feedback_at)
+            await self.envoy.set_clusters(labels, self.collector.at)
             self._clustered = labels
 
     async def _publish(self, label: str) -> None:
@@ -275,66 +259,6 @@ class Supervisor:
         async with self._tally_lock:
             self.tally.add_attempts(await asyncio.to_thread(self._attempts.lines))
             self.tally.add_outcomes(await asyncio.to_thread(self._outcomes.lines))
-
-    # The feedback collector
-
-    async def _start_feedback(self) -> None:
-        if self.config.feedback_module is None:
-            return
-        for _ in range(3):  # another process may take the free port first
-            self._feedback_at = Endpoint("", free_port(self.config.host), self.config.host)
-            process, ready = await self._run_feedback(self._feedback_at)
-            if ready:
-                self._keep(self._watch_feedback(process, self._feedback_at), "feedback")
-                return
-            code = await asyncio.to_thread(stop, process, grace_s=1)
-        reason = last_line(self._feedback_log, since=0)
-        raise TargetError(f"the feedback collector does not start (code {code}): {reason}", where=self._feedback_log)
-
-    @property
-    def _feedback_log(self) -> Path:
-        return self.config.folder / "logs" / "feedback.log"
-
-    async def _run_feedback(self, at: Endpoint) -> tuple[subprocess.Popen[bytes], bool]:
-        """Start the collector; True once it answers."""
-        config = self.config
-        argv = [
-            sys.executable, "-m", str(config.feedback_module), "--database", str(config.folder / "feedback.sqlite"),
-            "--impression-key", str(self._impression_key), "--window-s", f"{config.window_s:g}",
-            "--host", at.host, "--port", str(at.port),
-        ]  # fmt: skip
-        process = self._feedback = spawn(argv, log=self._feedback_log, leash=True)
-        ready = await until_ready(self._client, f"http://{at.host}:{at.port}/healthz", process, within_s=15)
-        return process, ready
-
-    async def _watch_feedback(self, process: subprocess.Popen[bytes], at: Endpoint) -> None:
-        """Start a collector that died again on the same port: the gateway retries until it is back."""
-        failures = 0
-        while True:
-            started_s = time.monotonic()
-            code = await exit_of(process)
-            self.emit(TargetEvent("feedback_died", detail=f"code {code}"))
-            failures = 0 if time.monotonic() - started_s > 5 else failures + 1
-            await asyncio.sleep(backoff_s(failures))
-            try:
-                process, ready = await self._run_feedback(at)
-                if ready:
-                    self.emit(TargetEvent("feedback_ready"))
-                else:
-                    await asyncio.to_thread(stop, process, grace_s=1)
-            except EndcapError as error:
-                log.error("%s", error)
-
-    async def _read_evidence(self) -> None:
-        """The collector's counts are cumulative: while it is away, the last ones still hold."""
-        if self._feedback_at is None:
-            return
-        try:
-            response = await self._client.get(f"http://{self.config.host}:{self._feedback_at.port}/v1/evidence")
-            response.raise_for_status()
-            self._evidence = _FeedbackEvidence.model_validate_json(response.content)
-        except (httpx.HTTPError, ValidationError) as error:
-            log.warning("no evidence from the feedback collector: %r", error)
 
     # What may be asked of the target
 
@@ -472,20 +396,23 @@ class Supervisor:
 
     async def observe(self) -> ObservationReply:
         await self._read_logs()
-        await self._read_evidence()
+        impressions = await self.collector.evidence()
         attempts = self.tally.versions()
-        labels = {v.label for v in self.kept.versions} | set(attempts) | set(self._evidence.versions)
+        labels = {v.label for v in self.kept.versions} | set(attempts) | set(impressions)
         observation = Observation(
             at_s=time.time(),
             shares=dict(self.kept.shares),
-            versions={label: self._observed(label, attempts.get(label)) for label in sorted(labels)},
+            versions={
+                label: self._observed(label, attempts.get(label), impressions.get(label)) for label in sorted(labels)
+            },
             outcomes=Counts(self.tally.outcomes_good, self.tally.outcomes_total),
         )
         return ObservationReply.of(observation)
 
-    def _observed(self, label: str, attempts: AttemptCounts | None) -> VersionObservation:
-        counts = attempts or AttemptCounts()
-        seen = self._evidence.versions.get(label, _VersionEvidence())
+    def _observed(
+        self, label: str, attempts: AttemptCounts | None, impressions: VersionEvidence | None
+    ) -> VersionObservation:
+        counts, seen = attempts or AttemptCounts(), impressions or VersionEvidence()
         slots = self.fleet.of(label)
         return VersionObservation(
             attempts=Counts(counts.good, counts.total),
@@ -517,7 +444,7 @@ class Supervisor:
                 for slot in self.fleet.slots.values()
             ),
             gateway_pid=process.pid if process.poll() is None else None,
-            feedback_pid=None if self._feedback is None or self._feedback.poll() is not None else self._feedback.pid,
+            feedback_pid=self.collector.pid,
             damaged_lines=self.tally.damaged_lines,
         )
 

@@ -230,7 +230,8 @@ def _write(
     """``drill.json``; ``held`` null: it has not ended, or was killed."""
     document = {
         "name": name, "fault": fault, "started_at_s": span.started_at_s, "fault_at_s": span.fault_at_s,
-        "reverted_at_s": span.reverted_at_s, "ended_at_s": span.ended_at_s, "held": was_held, "reason": reason,
+        "reverted_at_s": span.reverted_at_s, "ended_at_s": None if was_held is None else span.ended_at_s,
+        "held": was_held, "reason": reason,
         "promises": {"failed_requests": promises.failed_requests, "rto_s": promises.rto_s},
     }  # fmt: skip
     write_json(out / DRILL_FILE, document)

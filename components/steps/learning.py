@@ -25,7 +25,9 @@ from components.training.config import EpochRecord, TrainingConfig
 from components.training.trainer import train_transformer
 from endcap.errors import InputError, PackageError
 
-__all__ = ["BEST", "TOP_K", "TrainingSummary", "evaluate_models", "export_model", "purchases", "train_models"]
+__all__ = [
+    "BEST", "TOP_K", "TrainingSummary", "evaluate_models", "export_model", "purchases", "train_models", "use_all_cores",
+]  # fmt: skip
 
 BEST = "best"
 """Ask for the best model on validation."""

@@ -31,12 +31,13 @@ class Progress:
     def __init__(self, name: str) -> None:
         self.name = name
         path = os.environ.get(PROGRESS_VARIABLE)
-        self._lines = JsonLines(Path(path)) if path else None
+        self._path = Path(path) if path else None
 
     def tell(self, event: str, **fields: Any) -> None:
         """Append one event."""
-        if self._lines is not None:
-            self._lines.append({"at_s": time.time(), "step": self.name, "event": event, **fields})
+        if self._path is not None:
+            with JsonLines(self._path) as lines:
+                lines.append({"at_s": time.time(), "step": self.name, "event": event, **fields})
 
     def produced(self, file: str, path: str | Path) -> None:
         """Say that ``path`` is to be kept in the run folder as ``file``."""

@@ -56,7 +56,7 @@ def model_card(
         "Leave-one-out test split, ranked among all items with the shopper's own history masked; 95 % bootstrap"
         " intervals over shoppers.",
         "| model | NDCG@10 | HR@10 | coverage@10 |\n|---|---|---|---|\n" + "\n".join(rows),
-        f"Items shown are {quality.popularity_bias_at_10:+.0%} more popular than the shoppers' own purchases.",
+        f"Popularity of the items shown, relative to the shoppers' own purchases: {quality.popularity_bias_at_10:+.0%}.",
         "## Beware",
         "\n".join(
             f"- {caveat}"
@@ -64,7 +64,7 @@ def model_card(
                 *caveats,
                 "Offline quality on held-out purchases favours what earlier recommendations already showed;"
                 " live click-through decides.",
-                "Shoppers with a short history are served worse; see evaluation.json by history length.",
+                "These are means over all shoppers; evaluation.json has them by history length.",
                 "Knows only the items of its table; new items need a new version.",
             )
         ),

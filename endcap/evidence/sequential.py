@@ -117,6 +117,7 @@ class ConfidenceSequence:
     grid: tuple[float, ...]
     expected: float
     log_e: Floats = field(repr=False)
+    canary: Counts = Counts()
     control: Counts = Counts()
     ruled_out: NDArray[np.bool_] | None = field(default=None, repr=False)
     alpha: float = 0.05
@@ -133,9 +134,9 @@ class ConfidenceSequence:
         )  # fmt: skip
 
     def update(self, stratum: Stratum) -> ConfidenceSequence:
-        seen = self.control + stratum.control
+        canary_seen, control_seen = self.canary + stratum.canary, self.control + stratum.control
         if stratum.canary.total == 0 or stratum.control.total == 0:
-            return replace(self, control=seen)
+            return replace(self, canary=canary_seen, control=control_seen)
         control_alternative = _estimate(self.control, self.expected)
         offsets = np.repeat(np.asarray(self.grid)[:, None], 2 * len(_LOGIT_STEPS), axis=1)
         lines = np.clip(control_alternative + offsets, 1e-3, 1 - 1e-3)
@@ -146,14 +147,21 @@ class ConfidenceSequence:
         log_e = self.log_e + increments
         averaged = np.logaddexp.reduce(log_e, axis=1) - math.log(log_e.shape[1])
         before = np.zeros(len(self.grid), dtype=np.bool_) if self.ruled_out is None else self.ruled_out
-        return replace(self, log_e=log_e, control=seen, ruled_out=before | (averaged >= -np.log(self.alpha)))
+        return replace(
+            self,
+            log_e=log_e,
+            canary=canary_seen,
+            control=control_seen,
+            ruled_out=before | (averaged >= -np.log(self.alpha)),
+        )
 
     @property
     def interval(self) -> tuple[float, float]:
         """The least and the greatest difference not ruled out; the whole reach before there is evidence."""
         kept = np.asarray(self.grid) if self.ruled_out is None else np.asarray(self.grid)[~self.ruled_out]
-        if len(kept) == 0:  # beyond the reach of the grid: all of it was ruled out
-            return (self.grid[0], self.grid[0])
+        if len(kept) == 0:  # the difference is beyond the grid's reach: its nearer end is all that can be said
+            end = self.grid[0] if (self.canary.share or 0.0) < (self.control.share or 0.0) else self.grid[-1]
+            return (end, end)
         return (float(kept[0]), float(kept[-1]))
 
 

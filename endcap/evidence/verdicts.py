@@ -138,6 +138,12 @@ class Evidence:
         """Why the whole verdict is what it is: the objectives that decide it."""
         verdict = self.verdict
         names = [name for name in self.by_objective if self.verdict_of(name) is verdict]
+        if verdict is Verdict.PASS:
+            figures = ", ".join(
+                f"{name} {_share(seen.canary)} (control {_share(seen.control)})"
+                for name, seen in self.by_objective.items()
+            )
+            return f"no objective is worse than control by more than its margin: {figures}"
         return "; ".join(self.reason_of(name) for name in names)
 
 

@@ -96,7 +96,7 @@ def _after_look(spec: RolloutSpec, state: State, look: Looked, now_s: float) -> 
         if enough and look.canary_new > 0 and look.control_new == 0:
             return state.with_(
                 phase=Phase.RETIRING, intent=(Retire(state.stable),), outcome=Outcome.PROMOTED,
-                reason=f"all objectives pass: {evidence.reason}",
+                reason=evidence.reason,
             )  # fmt: skip
     elif enough:
         following = spec.steps[state.step + 1]

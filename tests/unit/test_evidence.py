@@ -171,3 +171,12 @@ def test_a_counter_that_was_restarted_loses_nothing_and_invents_nothing(a: int, 
 @pytest.mark.parametrize("total", [0, 1])
 def test_a_share_of_nothing_is_nothing(total: int) -> None:
     assert Counts(0, total).share == (None if total == 0 else 0.0)
+
+
+@pytest.mark.parametrize(("canary", "control"), [(0, 100), (100, 0)])
+def test_a_difference_beyond_the_grid_is_told_by_its_nearer_end(canary: int, control: int) -> None:
+    sequence = ConfidenceSequence.start(0.5, alpha=0.05)
+    for _ in range(20):
+        sequence = sequence.update(Stratum(Counts(canary, 100), Counts(control, 100)))
+    low, high = sequence.interval
+    assert low == high == (-0.25 if canary < control else 0.25)

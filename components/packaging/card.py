@@ -56,7 +56,7 @@ def model_card(
         "Leave-one-out test split, ranked among all items with the shopper's own history masked; 95 % bootstrap"
         " intervals over shoppers.",
         "| model | NDCG@10 | HR@10 | coverage@10 |\n|---|---|---|---|\n" + "\n".join(rows),
-        f"Popularity of the items shown, relative to the shoppers' own purchases: {quality.popularity_bias_at_10:+.0%}.",
+        f"Popularity of what is shown, relative to the shoppers' own purchases: {quality.popularity_bias_at_10:+.0%}.",
         "## Beware",
         "\n".join(
             f"- {caveat}"

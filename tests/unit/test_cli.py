@@ -1,0 +1,98 @@
+"""What a person or a CI job meets at the command line: nouns, one clear error, an exit code, JSON where asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NOUNS = ["pipeline", "model", "serve", "rollout", "load", "drill", "report", "demo"]
+
+
+def endcap(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    import os
+
+    clean = {k: v for k, v in os.environ.items() if k not in ("ENDCAP_TARGET", "MLFLOW_TRACKING_URI")}
+    return subprocess.run(
+        [sys.executable, "-m", "endcap.cli", *arguments], capture_output=True, text=True, check=False,
+        env=clean | (env or {}), timeout=120,
+    )  # fmt: skip
+
+
+def test_help_shows_the_nouns() -> None:
+    shown = endcap("--help")
+    assert shown.returncode == 0
+    for noun in NOUNS:
+        assert f"\n  {noun} " in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["nonsense"], 2, "nonsense"),
+        (["model", "verify", "{tmp}/none", "--public-key", "{tmp}/none.pub"], 3, "no such package folder"),
+        (["model", "show", "{tmp}"], 3, "not a model package"),
+        (["model", "list", "--registry", "{tmp}"], 1, "{tmp}"),
+        (["rollout", "status", "{tmp}"], 1, "state.json"),
+        (["rollout", "history", "{tmp}"], 2, "no rollout here"),
+        (["rollout", "schema", "Pod"], 2, "Pod"),
+        (["serve", "status", "--target", "{tmp}"], 1, "no target runs here"),
+        (["serve", "up", "{tmp}", "--public-key", "{tmp}/none.pub", "--folder", "{tmp}/t"], 3, "{tmp}"),
+        (["load", "run", "--shoppers", "{tmp}/none"], 2, "nothing to load"),
+        (["drill", "run", "replica-kill"], 2, "no target to drill"),
+        (["report", "build", "{tmp}"], 2, "{tmp}"),
+        (["pipeline", "run", "--data", "{tmp}/none", "--out", "{tmp}/o", "--keys", "{tmp}/k", "--registry", "{tmp}/r"],
+         1, "none"),
+        (["demo", "--rate", "0"], 2, "rate"),
+        (["demo", "--out", "{busy}"], 2, "holds files that no demo made"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_one_clear_error_and_no_traceback(
+    arguments: list[str], code: int, said: str, tmp_path: Path
+) -> None:
+    busy = tmp_path / "somebody"
+    busy.mkdir()
+    (busy / "thesis.tex").write_text("dear")
+    fill = {"{tmp}": str(tmp_path), "{busy}": str(busy)}
+
+    def filled(text: str) -> str:
+        for key, value in fill.items():
+            text = text.replace(key, value)
+        return text
+
+    shown = endcap(*(filled(argument) for argument in arguments))
+    assert shown.returncode == code, shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert shown.stderr.count("error: ") == 1
+    assert filled(said) in shown.stderr
+    assert (busy / "thesis.tex").read_text() == "dear"
+
+
+def test_an_error_is_a_document_where_a_machine_reads(tmp_path: Path) -> None:
+    shown = endcap("model", "show", str(tmp_path), "--json")
+    assert shown.returncode == 3
+    assert json.loads(shown.stdout)["error"] == "PackageError"
+
+
+def test_the_schemas_of_the_files_people_write_can_be_printed() -> None:
+    schema = json.loads(endcap("rollout", "schema").stdout)
+    assert schema["properties"]["kind"]["const"] == "Rollout"
+    assert "maxSeconds" in json.dumps(schema)
+
+
+def test_a_role_s_lock_is_a_part_of_the_whole() -> None:
+    """Images installed a role at a time run the very versions that the tests ran."""
+
+    def pins(path: Path) -> set[str]:
+        lines = path.read_text().splitlines()
+        return {line.split(";")[0].strip(" \\") for line in lines if "==" in line and line[0].isalnum()}
+
+    locks = Path(__file__).parents[2] / "locks"
+    whole = pins(locks / "all.txt")
+    assert len(whole) > 200
+    for role in ("server", "pipeline", "load", "drills", "controller", "local"):
+        assert pins(locks / f"{role}.txt") <= whole, role
+    assert not any(pin.startswith(("torch==", "kserve==", "pandas==")) for pin in pins(locks / "server.txt"))

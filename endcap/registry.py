@@ -273,8 +273,12 @@ class Registry:
     def _errors(self, doing: str) -> Iterator[None]:
         """What MLflow and its store raise, as one error that a person can act on."""
         _quiet()
-        import sqlalchemy.exc
         from mlflow.exceptions import MlflowException
+
+        try:
+            from sqlalchemy.exc import DBAPIError
+        except ImportError:  # the controller's mlflow-skinny speaks to servers only
+            DBAPIError = sqlite3.DatabaseError  # type: ignore[misc,assignment]  # noqa: N806
 
         try:
             yield
@@ -283,8 +287,8 @@ class Registry:
             if "database is locked" in str(error):
                 raise _store_error(sqlite3.OperationalError("database is locked"), self.uri) from error
             raise RegistryError(f"{message} (while {doing})", where=self.uri) from error
-        except sqlalchemy.exc.DBAPIError as error:
-            raise _store_error(error.orig or error, self._database or self.uri) from error
+        except DBAPIError as error:
+            raise _store_error(getattr(error, "orig", None) or error, self._database or self.uri) from error
         except OSError as error:
             raise from_os_error(error, doing=doing) from error
 

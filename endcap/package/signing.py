@@ -6,6 +6,7 @@ files; the private one is made on first use and kept readable by its owner alone
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
         ).verify(folder, signature)
     except Exception as error:
         raise VerificationError(
-            f"the signature does not verify ({_first_line(error)})",
+            f"the signature does not verify: {_reason(error)}",
             where=folder,
             next_step="get the package again from the registry; do not load this one",
         ) from error
@@ -113,6 +114,10 @@ def _hashing(signature: Path) -> Any:
     return model_signing.hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+def _reason(error: Exception) -> str:
+    """model-signing's own words, without the raw digests it prints."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    changed = re.findall(r"Hash mismatch for '([^']+)'", text)
+    if changed:
+        return f"{', '.join(changed)} changed after signing"
+    return text[:200]

@@ -131,4 +131,6 @@ def _return_to_stable(state: State, outcome: Outcome, reason: str) -> State:
 
 
 def _line(error: EndcapError) -> str:
-    return error.what if error.where is None else f"{error.what} ({error.where.rsplit('/', 1)[-1]})"
+    """What a replica said crosses processes as one line, `what; next: ...`: the next step is not a reason."""
+    what = error.what.split("; next: ")[0]
+    return what if error.where is None else f"{what} ({error.where.rsplit('/', 1)[-1]})"

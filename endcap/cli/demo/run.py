@@ -169,6 +169,7 @@ class _Demo:
         for defect, about, outcome in (
             (Defect.PERMUTED, "item table permuted: fast, healthy and wrong", Outcome.ROLLED_BACK),
             (Defect.FAILING, "fails for some of the histories", Outcome.ROLLED_BACK),
+            (Defect.STALLING, "stalls for some of the histories", Outcome.ROLLED_BACK),
             (Defect.TAMPERED, "one byte changed after signing", Outcome.REFUSED),
         ):
             folder = self._out / "packages" / defect.value

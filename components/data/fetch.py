@@ -12,7 +12,7 @@ from components.data.dataset import Dataset, parse_sequences
 from components.data.synthetic import Shop, synthetic_dataset
 from endcap.errors import DataError, from_os_error
 
-__all__ = ["BEAUTY", "MIRROR_VARIABLE", "KnownData", "Obtained", "Source", "obtain"]
+__all__ = ["BEAUTY", "KNOWN_DATA", "MIRROR_VARIABLE", "KnownData", "Obtained", "Source", "obtain"]
 
 MIRROR_VARIABLE = "ENDCAP_DATA_MIRROR"
 SYNTHETIC = "synthetic"
@@ -39,6 +39,8 @@ BEAUTY = KnownData(
     caveat="Purchases of the same day stand in the order of their item ids, which leaks some information on the order.",
 )
 """Amazon Beauty, 5-core, as prepared by ICLRec: 22,363 shoppers, 12,101 items, 198,502 purchases."""
+KNOWN_DATA = (BEAUTY.name, SYNTHETIC)
+"""What may be asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def obtain(source: Source) -> Obtained:
     if source.name == SYNTHETIC:
         return Obtained(synthetic_dataset(source.shop, source.seed), "synthetic shop, as asked for")
     if source.name != BEAUTY.name:
-        raise DataError(f"no data set is called {source.name!r}", next_step=f"known: {BEAUTY.name}, {SYNTHETIC}")
+        raise DataError(f"no data set is called {source.name!r}", next_step=f"known: {', '.join(KNOWN_DATA)}")
     return _published(BEAUTY, source)
 
 

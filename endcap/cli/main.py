@@ -19,7 +19,7 @@ import typer
 import endcap
 from endcap.cli import demo, drill, load, model, pipeline, report, rollout, serve
 from endcap.cli.console import Console
-from endcap.errors import EndcapError, from_os_error
+from endcap.errors import EndcapError, StepError, from_os_error
 
 __all__ = ["app", "main"]
 
@@ -71,7 +71,9 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except EndcapError as error:
-        _fail(str(error), error.exit_code, error.to_json())
+        # A step's failure is its own error's: a data file that is missing is the caller's to correct there too.
+        cause = error.__cause__ if isinstance(error, StepError) else None
+        _fail(str(error), cause.exit_code if isinstance(cause, EndcapError) else error.exit_code, error.to_json())
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -45,8 +45,13 @@ def test_help_shows_the_nouns() -> None:
         (["drill", "run", "replica-kill"], 2, "no target to drill"),
         (["report", "build", "{tmp}"], 2, "{tmp}"),
         (["pipeline", "run", "--data", "{tmp}/none", "--out", "{tmp}/o", "--keys", "{tmp}/k", "--registry", "{tmp}/r"],
-         1, "none"),
+         2, "none"),
         (["demo", "--rate", "0"], 2, "rate"),
+        (["demo", "--out", "{earlier}", "--data", "{tmp}/none"], 2, "{tmp}/none: no such data file"),
+        (["demo", "--out", "{earlier}", "--dataset", "beuaty"], 2, "known: beauty, synthetic"),
+        (["demo", "--out", "{earlier}", "--package", "{tmp}/none"], 2, "{tmp}/none: no such package folder"),
+        (["demo", "--out", "{earlier}", "--package", "{earlier}/packages"], 2, "which a demo empties first"),
+        (["demo", "--out", "{earlier}", "--keys", "{earlier}/keys"], 2, "which a demo empties first"),
         (["demo", "--out", "{busy}"], 2, "holds files that no demo made"),
     ],
 )  # fmt: skip
@@ -56,7 +61,11 @@ def test_bad_input_gets_one_clear_error_and_no_traceback(
     busy = tmp_path / "somebody"
     busy.mkdir()
     (busy / "thesis.tex").write_text("dear")
-    fill = {"{tmp}": str(tmp_path), "{busy}": str(busy)}
+    earlier = tmp_path / "earlier"
+    (earlier / "packages").mkdir(parents=True)
+    for name in (".endcap-demo", "report.html"):
+        (earlier / name).touch()
+    fill = {"{tmp}": str(tmp_path), "{busy}": str(busy), "{earlier}": str(earlier)}
 
     def filled(text: str) -> str:
         for key, value in fill.items():
@@ -69,6 +78,7 @@ def test_bad_input_gets_one_clear_error_and_no_traceback(
     assert shown.stderr.count("error: ") == 1
     assert filled(said) in shown.stderr
     assert (busy / "thesis.tex").read_text() == "dear"
+    assert (earlier / "report.html").exists(), "what an earlier demo made is only emptied for one that can begin"
 
 
 def test_an_error_is_a_document_where_a_machine_reads(tmp_path: Path) -> None:

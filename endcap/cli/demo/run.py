@@ -20,7 +20,7 @@ from endcap.cli.demo.folder import demo_folder
 from endcap.cli.pipeline import tell_progress
 from endcap.cli.registries import open_registry
 from endcap.cli.rolling import roll_out
-from endcap.errors import OutcomeError, TargetError
+from endcap.errors import DataError, InputError, OutcomeError, TargetError
 from endcap.files import JsonLines, write_json
 from endcap.objectives import Objectives, load_objectives
 from endcap.package import ensure_signing_key
@@ -66,14 +66,36 @@ def run_demo(config: DemoConfig, console: Console) -> Mapping[str, Any]:
     """Run it all; returns summary.json's document.
 
     Raises:
+        InputError: something given is not there, or lies in the folder that is emptied; an earlier demo's folder
+            is as it was.
         OutcomeError: everything ran, and an outcome that had to happen did not.
         EndcapError: a stage could not do its work.
     """
     started_s = time.time()
+    _check(config)
     with demo_folder(config.out) as out, ExitStack() as running:
         run = _Demo(config, console, out, running, started_s)
         run.everything()
     return run.report()
+
+
+def _check(config: DemoConfig) -> None:
+    """What a person gave is looked at before an earlier demo's folder is emptied, not minutes later."""
+    from components.data import KNOWN_DATA
+
+    if config.data is None and config.dataset not in KNOWN_DATA:
+        raise InputError(f"no data set is called {config.dataset!r}", where="--dataset",
+                         next_step=f"known: {', '.join(KNOWN_DATA)}")  # fmt: skip
+    if config.data is not None and not config.data.is_file():
+        raise DataError("no such data file", where=config.data, next_step="correct --data")
+    for package in config.packages:
+        if not package.is_dir():
+            raise InputError("no such package folder", where=package, next_step="correct --package")
+    out = config.out.resolve()
+    for given in (*config.packages, config.keys, *([config.data] if config.data else [])):
+        if given.resolve().is_relative_to(out):
+            raise InputError(f"lies in {out}, which a demo empties first", where=given,
+                             next_step="copy it elsewhere, or choose another --out")  # fmt: skip
 
 
 class _Demo:

@@ -124,10 +124,11 @@ def test_attempts_show_what_retries_hide_from_the_shopper(target: LocalTarget, f
         return target.observe().versions["failing"].attempts.total >= len(answers)
 
     eventually(seen)
-    attempts = target.observe().versions["failing"].attempts
+    versions = target.observe().versions
+    attempts = versions["failing"].attempts
     assert 0.6 < attempts.good / attempts.total < 0.9
     assert len(load.failed) < 0.1 * len(answers)
-    assert target.observe().versions["1"].attempts.good == target.observe().versions["1"].attempts.total
+    assert versions["1"].attempts.good == versions["1"].attempts.total > 0
 
 
 def test_a_version_that_hangs_fails_its_attempts_and_one_that_is_slow_misses_its_time(

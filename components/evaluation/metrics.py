@@ -21,8 +21,14 @@ METRICS = tuple(f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr") for k in CUTO
 
 
 def per_shopper(ranks: NDArray[np.integer]) -> NDArray[np.float64]:
-    """``ranks [shoppers]`` (1 is best; anything beyond 20 may be any larger number) -> ``[shoppers, len(METRICS)]``."""
-    best = np.maximum(ranks.astype(np.float64), 1.0)
+    """``ranks [shoppers]`` (1 is best; anything beyond 20 may be any larger number) -> ``[shoppers, len(METRICS)]``.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+    best = ranks.astype(np.float64)
+    if len(best) and best.min() < 1:
+        raise ValueError("ranks count from 1")
     gains = {"hr": np.ones_like(best), "ndcg": 1.0 / np.log2(1.0 + best), "mrr": 1.0 / best}
     return np.stack([np.where(best <= k, gains[kind], 0.0) for kind in ("hr", "ndcg", "mrr") for k in CUTOFFS], axis=1)
 

@@ -1,7 +1,7 @@
 """Where each shopper's real next purchase comes among all items: the standard protocol, full ranking, history masked.
 
-Every model is ranked by this one function. Ties go against the model: an item that scores the same as the target is
-counted as before it, so that a model which scores everything alike gains nothing.
+Every model is ranked by this one function. Ties go against the model: an item is before the target unless its score
+is lower, so a model which scores everything alike gains nothing, and neither does one whose scores are not numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def ranks_in_scores(scores: Tensor, history: Tensor, target: Tensor) -> Tensor:
     scores.scatter_(1, history, -torch.inf)
     scores[:, 0] = -torch.inf
     aimed = scores.gather(1, target[:, None])
-    return (scores >= aimed).sum(dim=1) - 1
+    return scores.shape[1] - 1 - (scores < aimed).sum(dim=1)
 
 
 def rank_targets(

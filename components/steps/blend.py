@@ -67,7 +67,7 @@ def choose_blend(models: StoredModels, histories: Sequence[NDArray[np.integer]],
             for share in SHARES:
                 mixed = torch.lerp(opinions[0], opinions[1], share)
                 aimed = mixed.gather(1, target[:, None])
-                ranks[share][index] = (torch.count_nonzero(mixed >= aimed, dim=1) - 1).numpy()
+                ranks[share][index] = (mixed.shape[1] - 1 - torch.count_nonzero(mixed < aimed, dim=1)).numpy()
     quality = {share: float(ndcg_at(ranks[share], 10).mean()) for share in SHARES}
     best = max(SHARES, key=lambda share: quality[share])
     inner = max((share for share in SHARES if 0.0 < share < 1.0), key=lambda share: quality[share])

@@ -35,6 +35,15 @@ def test_ranks_are_those_of_a_plain_count(data: st.DataObject, rows: int) -> Non
         assert rank == sum(scores[item] >= scores[target] for item in rivals)
 
 
+def test_scores_that_are_not_numbers_gain_nothing() -> None:
+    histories, targets = [np.array([1, 2], dtype=np.int32)] * 2, np.array([3, 4], dtype=np.int32)
+    scores = torch.arange(N_ITEMS + 1.0).repeat(2, 1)
+    scores[0] = torch.nan
+    scores[1, 3] = torch.nan  # a rival's
+    ranks = rank_targets(lambda _: scores.clone(), histories, targets)
+    assert ranks.tolist() == [N_ITEMS, N_ITEMS - 4 + 1]
+
+
 def test_metrics_of_ranks() -> None:
     ranks = np.array([0, 1, 9, 10])
     np.testing.assert_allclose(ndcg_at(ranks, 10), [1.0, 1 / np.log2(3), 1 / np.log2(11), 0.0])

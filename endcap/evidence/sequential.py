@@ -2,13 +2,15 @@
 
 The hypotheses are half-planes in (control's share, canary's share), bounded by a line ``canary = slope * control +
 offset`` (:class:`Boundary`): worse than control by more than a margin, a relative margin, or worse than a fixed goal.
-For one look with ``n_k`` control and ``n_c`` canary events let P* be an alternative chosen before the look and P° its
-Kullback-Leibler projection onto the half-plane, weighted by ``n_k`` and ``n_c``. The likelihood ratio P*/P° of the
-look is then an e-value: its expectation is ``A(x)^n_k * B(y)^n_c`` with A and B linear in the true shares, so its
-logarithm is concave; it is 0 at P°, where its gradient is minus that of the divergence; by P°'s optimality in a convex
-set it is at most 0 on all of the set. Products over looks, and averages over alternatives, stay e-processes, and by
-Ville's inequality the chance that one ever reaches 1/alpha under its hypothesis is at most alpha, however often and
-whenever it is looked at. Each look may have shares of its own, so drift that hits both sides costs no validity.
+For one look with ``n_k`` control and ``n_c`` canary events let P* be an alternative chosen before the look, outside of
+the half-plane, and P° its Kullback-Leibler projection onto the half-plane (so onto its line), weighted by ``n_k`` and
+``n_c``. The likelihood ratio P*/P° of the look is then an e-value: its expectation is ``A(x)^n_k * B(y)^n_c`` with A
+and B linear in the true shares, so its logarithm is concave; it is 0 at P°, where its gradient is minus that of the
+divergence; by P°'s optimality in a convex set it is at most 0 on all of the set. An alternative that lies inside the
+half-plane (a margin wider than control's share leaves nothing outside) makes no bet. Products over looks, and averages
+over alternatives, stay e-processes, and by Ville's inequality the chance that one ever reaches 1/alpha under its
+hypothesis is at most alpha, however often and whenever it is looked at. Each look may have shares of its own, so drift
+that hits both sides costs no validity.
 
 Sources: Turner, Ly, Grünwald, "Generic E-variables for exact sequential k-sample tests that allow for optional
 stopping", J. Stat. Plan. Inference 230 (2024); Turner, Grünwald, "Exact anytime-valid confidence intervals for
@@ -31,11 +33,13 @@ __all__ = ["Boundary", "ConfidenceSequence", "SequentialTest"]
 
 Floats = NDArray[np.float64]
 
-_EPSILON = 1e-6
+_EPSILON = 1e-9
+_FLOOR = 1e-5
+"""Estimates and lines are kept this far from 0 and 1: rarer events than these no rollout sees."""
 _LOGIT_STEPS = np.array([0.15, 0.3, 0.6, 1.0, 1.7, 2.6, 4.0])
 """How far beyond the boundary the alternatives lie, in log-odds: from a hint to a catastrophe."""
-_BISECTIONS = 32
-"""Halvings of (0, 1): the projection is exact to 1e-9, far below what a look of any size can feel."""
+_BISECTIONS = 40
+"""Halvings of (0, 1): the projection is exact to 1e-12, far below what a look of any size can feel."""
 _PRIOR_EVENTS = 20.0
 """Weight of the expected share in the running estimate of control's share, in events."""
 
@@ -86,15 +90,9 @@ class SequentialTest:
         control_seen = self.control + stratum.control
         if stratum.canary.total == 0:
             return replace(self, control=control_seen)
-        control_alternative = _estimate(self.control, self.expected)
-        canary_alternative = _beyond(self.boundary, control_alternative, self.direction)
-        increments = _log_likelihood_ratios(
-            np.full_like(canary_alternative, control_alternative), canary_alternative,
-            np.full_like(canary_alternative, self.boundary.slope),
-            np.full_like(canary_alternative, self.boundary.offset),
-            stratum,
-        )  # fmt: skip
-        log_e = np.asarray(self.log_e) + increments
+        boundary, expected_control = self.boundary, _estimate(self.control, self.expected)
+        slope, offset = np.full(len(_LOGIT_STEPS), boundary.slope), np.full(len(_LOGIT_STEPS), boundary.offset)
+        log_e = np.asarray(self.log_e) + _bets(expected_control, slope, offset, self.direction * _LOGIT_STEPS, stratum)
         return replace(
             self,
             log_e=tuple(float(value) for value in log_e),
@@ -109,18 +107,22 @@ class SequentialTest:
 
 @dataclass(frozen=True)
 class ConfidenceSequence:
-    """All differences canary - control that the looks so far have not ruled out, valid at every look at once.
+    """Which differences canary - control the looks so far have ruled out, valid at every look at once.
 
-    A grid of hypotheses "the difference is d", each with alternatives on both sides (a line is convex too).
+    For each ``d`` of a grid two hypotheses, "the difference is at least d" and "at most d", each tested at
+    ``alpha / 2``. The interval reaches from the end of the unbroken run of grid points ruled out from below to that
+    from above, so a true difference between two grid points is left out only where the next point's own hypothesis,
+    which is then true, was rejected: with a chance of at most ``alpha``.
     """
 
-    grid: tuple[float, ...]
+    grid: Floats = field(repr=False)
     expected: float
+    alpha: float
     log_e: Floats = field(repr=False)
-    canary: Counts = Counts()
+    """[2, grid, alternatives]: of "at least d" (alternatives below the line) and of "at most d" (above)."""
+    ruled_out: NDArray[np.bool_] = field(repr=False)
+    """[2, grid]"""
     control: Counts = Counts()
-    ruled_out: NDArray[np.bool_] | None = field(default=None, repr=False)
-    alpha: float = 0.05
 
     @staticmethod
     def start(expected: float, *, alpha: float, reach: float = 0.25, points: int = 61) -> ConfidenceSequence:
@@ -128,52 +130,47 @@ class ConfidenceSequence:
         half = np.sinh(np.linspace(0, 4, points // 2 + 1)) / np.sinh(4) * reach
         grid = np.concatenate([-half[:0:-1], half])
         return ConfidenceSequence(
-            tuple(float(d) for d in grid), expected,
-            np.zeros((len(grid), 2 * len(_LOGIT_STEPS))), alpha=alpha,
-            ruled_out=np.zeros(len(grid), dtype=np.bool_),
+            grid, expected, alpha,
+            log_e=np.zeros((2, len(grid), len(_LOGIT_STEPS))), ruled_out=np.zeros((2, len(grid)), dtype=np.bool_),
         )  # fmt: skip
 
     def update(self, stratum: Stratum) -> ConfidenceSequence:
-        canary_seen, control_seen = self.canary + stratum.canary, self.control + stratum.control
+        control_seen = self.control + stratum.control
         if stratum.canary.total == 0 or stratum.control.total == 0:
-            return replace(self, canary=canary_seen, control=control_seen)
-        control_alternative = _estimate(self.control, self.expected)
-        offsets = np.repeat(np.asarray(self.grid)[:, None], 2 * len(_LOGIT_STEPS), axis=1)
-        lines = np.clip(control_alternative + offsets, 1e-3, 1 - 1e-3)
-        logits = np.log(lines / (1 - lines)) + np.concatenate([-_LOGIT_STEPS, _LOGIT_STEPS])
-        alternatives = np.clip(1 / (1 + np.exp(-logits)), _EPSILON, 1 - _EPSILON)
-        controls = np.full_like(alternatives, control_alternative)
-        increments = _log_likelihood_ratios(controls, alternatives, np.ones_like(offsets), offsets, stratum)
-        log_e = self.log_e + increments
-        averaged = np.logaddexp.reduce(log_e, axis=1) - math.log(log_e.shape[1])
-        before = np.zeros(len(self.grid), dtype=np.bool_) if self.ruled_out is None else self.ruled_out
-        return replace(
-            self,
-            log_e=log_e,
-            canary=canary_seen,
-            control=control_seen,
-            ruled_out=before | (averaged >= -np.log(self.alpha)),
-        )
+            return replace(self, control=control_seen)
+        offset = np.broadcast_to(self.grid[None, :, None], self.log_e.shape)
+        steps = np.stack([-_LOGIT_STEPS, _LOGIT_STEPS])[:, None, :]
+        bets = _bets(_estimate(self.control, self.expected), np.ones(self.log_e.shape), offset, steps, stratum)
+        log_e = self.log_e + bets
+        averaged = np.logaddexp.reduce(log_e, axis=2) - math.log(len(_LOGIT_STEPS))
+        ruled_out = self.ruled_out | (averaged >= math.log(2 / self.alpha))
+        return replace(self, log_e=log_e, control=control_seen, ruled_out=ruled_out)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The least and the greatest difference not ruled out; the whole reach before there is evidence."""
-        kept = np.asarray(self.grid) if self.ruled_out is None else np.asarray(self.grid)[~self.ruled_out]
-        if len(kept) == 0:  # the difference is beyond the grid's reach: its nearer end is all that can be said
-            end = self.grid[0] if (self.canary.share or 0.0) < (self.control.share or 0.0) else self.grid[-1]
-            return (end, end)
-        return (float(kept[0]), float(kept[-1]))
+        """The least and the greatest difference not ruled out, in [-reach, reach]: an end at the reach is open."""
+        at_least, at_most = self.ruled_out
+        low = self.grid[max(0, int(np.logical_and.accumulate(at_most).sum()) - 1)]
+        high = self.grid[min(0, 1 - int(np.logical_and.accumulate(at_least[::-1]).sum())) - 1]
+        return (float(min(low, high)), float(max(low, high)))
 
 
 def _estimate(control: Counts, expected: float) -> float:
     share = (control.good + _PRIOR_EVENTS * expected) / (control.total + _PRIOR_EVENTS)
-    return float(np.clip(share, 1e-3, 1 - 1e-3))
+    return float(np.clip(share, _FLOOR, 1 - _FLOOR))
 
 
-def _beyond(boundary: Boundary, control: float, direction: int) -> Floats:
-    line = float(np.clip(boundary.at(control), 1e-3, 1 - 1e-3))
-    logit = np.log(line / (1 - line)) + direction * _LOGIT_STEPS
-    return np.asarray(np.clip(1 / (1 + np.exp(-logit)), _EPSILON, 1 - _EPSILON))
+def _bets(control: float, slope: Floats, offset: Floats, steps: Floats, stratum: Stratum) -> Floats:
+    """Log e-values of one look: for each line, alternatives ``steps`` log-odds beyond it, at control's ``control``.
+
+    0 where the alternative is not beyond the line: it lies inside the hypothesis, and the theorem does not hold.
+    """
+    line = slope * control + offset
+    kept = np.clip(line, _FLOOR, 1 - _FLOOR)
+    alternatives = np.asarray(1 / (1 + np.exp(-(np.log(kept / (1 - kept)) + steps))))
+    beyond = (alternatives - line) * steps > 0
+    ratios = _log_likelihood_ratios(np.full_like(alternatives, control), alternatives, slope, offset, stratum)
+    return np.where(beyond, ratios, 0.0)
 
 
 def _log_mean_exp(values: Floats) -> float:

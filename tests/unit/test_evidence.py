@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,32 @@ def test_the_expectation_of_an_e_value_is_at_most_one_wherever_the_hypothesis_ho
         )[0]  # fmt: skip
         expectation += binomial(n_control, k, control) * binomial(n_canary, c, canary) * math.exp(ratio)
     assert expectation <= 1 + 1e-6
+
+
+@given(boundaries, st.sampled_from([-1, 1]), st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.floats(0.001, 0.999),
+       st.integers(0, 3), st.integers(0, 400), st.integers(0, 4), st.integers(1, 4))  # fmt: skip
+def test_no_bet_that_a_test_really_makes_has_an_expectation_above_one(
+    boundary: Boundary, direction: int, control: float, truth: float, expected: float, bad: int, before: int,
+    n_control: int, n_canary: int,
+) -> None:  # fmt: skip
+    """As above with the test's own alternatives, for any true shares: rare events, and margins wider than a share."""
+    line = min(max(boundary.at(control), 0.0), 1.0)
+    canary = line + (1 - line) * truth if direction < 0 else line * (1 - truth)
+    if direction > 0 and boundary.at(control) < 0:
+        return  # nothing is that much worse: the hypothesis is empty here
+    test = SequentialTest(boundary, direction, expected, control=Counts(max(0, before - bad), before))
+    expectations = np.zeros(len(test.log_e))
+    for k, c in itertools.product(range(n_control + 1), range(n_canary + 1)):
+        after = test.update(Stratum(Counts(c, n_canary), Counts(k, n_control)))
+        expectations += binomial(n_control, k, control) * binomial(n_canary, c, canary) * np.exp(after.log_e)
+    assert expectations.max() <= 1 + 1e-6
+
+
+def test_a_margin_wider_than_control_s_own_share_fails_nobody() -> None:
+    evidence = Evidence.start(Objectives("shop", "shop", (replace(CLICKS, margin=0.1, margin_relative=None),)))
+    for _ in range(100):
+        evidence = evidence.update({"click-through": Stratum(Counts(5, 100), Counts(5, 100))})
+    assert evidence.verdict is not Verdict.FAIL
 
 
 @given(shares, shares, boundaries, st.integers(1, 500), st.integers(1, 500))
@@ -157,6 +184,14 @@ def test_the_confidence_sequence_closes_in_on_the_true_difference_and_keeps_it()
         assert low <= -0.03 <= high
     assert widths == sorted(widths, reverse=True)
     assert widths[-1] < 0.08
+
+
+def test_with_very_much_data_the_difference_lies_between_two_points_of_the_grid() -> None:
+    sequence = ConfidenceSequence.start(0.9, alpha=0.05)
+    for _ in range(100):
+        sequence = sequence.update(Stratum(Counts(79_500, 100_000), Counts(90_000, 100_000)))
+    low, high = sequence.interval
+    assert -0.13 < low < -0.105 < high < -0.08
 
 
 @given(st.integers(0, 50), st.integers(0, 50), st.integers(0, 50), st.integers(0, 50))

@@ -146,7 +146,8 @@ def _model(ndcg: float, hr: float, coverage: float, bias: float, slope: float) -
                 "hr_at_10": _interval(part * 1.6, half * 1.5),
             }
         )
-    return {"metrics": metrics, "coverage_at_10": coverage, "popularity_bias_at_10": bias, "by_history_length": groups}
+    return {"metrics": metrics, "coverage_at_10": _interval(coverage, 0.0041),
+            "popularity_bias_at_10": _interval(bias, 0.02), "by_history_length": groups}  # fmt: skip
 
 
 def write_offline(folder: Path, *, synthetic: bool = False) -> None:

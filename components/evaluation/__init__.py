@@ -13,11 +13,19 @@ from components.evaluation.evaluation import (
     write_evaluation,
 )
 from components.evaluation.gate import GateDecision, decide_gate
-from components.evaluation.intervals import Estimate, estimate, resampled_means
-from components.evaluation.metrics import CUTOFFS, METRICS, catalogue_coverage, per_shopper, popularity_lift
+from components.evaluation.intervals import Estimate, estimate, resampled_means, standard_interval
+from components.evaluation.metrics import (
+    CUTOFFS,
+    METRICS,
+    catalogue_coverage,
+    mean_popularity,
+    per_shopper,
+    popularity_lift,
+)
 
 __all__ = [
     "CUTOFFS", "METRICS", "Estimate", "Evaluation", "GateDecision", "Lengths", "ModelQuality", "Paired", "Ranked",
-    "catalogue_coverage", "decide_gate", "estimate", "estimate_difference", "evaluate", "per_shopper",
-    "popularity_lift", "read_evaluation", "resampled_means", "with_measured", "write_evaluation",
+    "catalogue_coverage", "decide_gate", "estimate", "estimate_difference", "evaluate", "mean_popularity",
+    "per_shopper", "popularity_lift", "read_evaluation", "resampled_means", "standard_interval", "with_measured",
+    "write_evaluation",
 ]  # fmt: skip

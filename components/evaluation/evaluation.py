@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from components.evaluation.intervals import Estimate, estimate, resampled_means
-from components.evaluation.metrics import METRICS, catalogue_coverage, per_shopper, popularity_lift
+from components.evaluation.intervals import Estimate, estimate, resampled_means, standard_interval
+from components.evaluation.metrics import METRICS, catalogue_coverage, mean_popularity, per_shopper, popularity_lift
 from endcap.errors import StateError
 from endcap.files import read_json, write_json
 
@@ -54,8 +54,8 @@ class ModelQuality:
     """One model's quality; ``metrics`` has a value for each of :data:`~components.evaluation.metrics.METRICS`."""
 
     metrics: Mapping[str, Estimate]
-    coverage_at_10: float
-    popularity_bias_at_10: float
+    coverage_at_10: Estimate
+    popularity_bias_at_10: Estimate
     by_history_length: tuple[Lengths, ...]
 
 
@@ -81,7 +81,7 @@ class Evaluation:
     candidate: str | None = None
     """The model that validation chose."""
     blend: Mapping[str, float] = field(default_factory=dict)
-    """Share of item-kNN in the blend, as text, and validation's NDCG@10 for it."""
+    """Share of item-kNN in the blend (``knn_share``), and validation's NDCG@10 at every share tried."""
     int8: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
 
@@ -124,7 +124,8 @@ def evaluate(
     lengths = np.array([len(history) for history in histories], np.int64)
     masks = [((lengths >= first) & (lengths <= last)).astype(np.float64) for first, last in LENGTHS]
     by_model = {entry.model: per_shopper(entry.ranks) for entry in ranked}
-    overall = np.concatenate(list(by_model.values()), axis=1)
+    popularity = [mean_popularity(np.asarray(entry.top)[:, :10], histories, purchases) for entry in ranked]
+    overall = np.concatenate([*by_model.values(), *popularity], axis=1)
     draws = resampled_means(overall, resamples=resamples, seed=seed)
     chosen = [METRICS.index(metric) for metric in _BY_LENGTH]
     narrow = np.concatenate([values[:, chosen] for values in by_model.values() for _ in LENGTHS], axis=1)
@@ -143,8 +144,10 @@ def evaluate(
                 metric: estimate(float(values[:, at].mean()), draws[:, first_column + at])
                 for at, metric in enumerate(METRICS)
             },
-            coverage_at_10=catalogue_coverage(top, len(purchases) - 1),
-            popularity_bias_at_10=popularity_lift(top, histories, purchases),
+            coverage_at_10=_coverage(top, len(purchases) - 1, resamples=min(resamples, 200), seed=seed),
+            popularity_bias_at_10=_popularity_bias(
+                popularity[place], draws[:, len(by_model) * len(METRICS) + 2 * place :][:, :2]
+            ),
             by_history_length=tuple(
                 Lengths(
                     first, last, int(mask.sum()),
@@ -172,6 +175,19 @@ def evaluate(
     return Evaluation(split=split, models=models, paired=tuple(paired))
 
 
+def _coverage(top: NDArray[np.integer], n_items: int, *, resamples: int, seed: int) -> Estimate:
+    random = np.random.default_rng(seed)
+    draws = [catalogue_coverage(top[random.integers(len(top), size=len(top))], n_items) for _ in range(resamples)]
+    found = standard_interval(catalogue_coverage(top, n_items), np.array(draws))
+    return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
+
+
+def _popularity_bias(popularity: NDArray[np.float64], draws: NDArray[np.float64]) -> Estimate:
+    """Of ``popularity [shoppers, 2]``, shown and owned, and resampled means of both, ``draws [resamples, 2]``."""
+    shown, owned = popularity.mean(axis=0).tolist()
+    return estimate(popularity_lift(shown, owned), np.array([popularity_lift(*pair) for pair in draws.tolist()]))
+
+
 def estimate_difference(a: Ranked, b: Ranked, *, metric: str = "ndcg_at_10", resamples: int = 1000,
                         seed: int = 7) -> tuple[float, float, Estimate]:  # fmt: skip
     """``metric`` of ``a``, of ``b``, and of ``a`` less ``b`` with the interval of the paired bootstrap."""
@@ -185,8 +201,8 @@ def estimate_difference(a: Ranked, b: Ranked, *, metric: str = "ndcg_at_10", res
 def _quality_to_json(quality: ModelQuality) -> dict[str, Any]:
     return {
         "metrics": {metric: asdict(value) for metric, value in quality.metrics.items()},
-        "coverage_at_10": quality.coverage_at_10,
-        "popularity_bias_at_10": quality.popularity_bias_at_10,
+        "coverage_at_10": asdict(quality.coverage_at_10),
+        "popularity_bias_at_10": asdict(quality.popularity_bias_at_10),
         "by_history_length": [
             {
                 "from": group.first,
@@ -228,8 +244,8 @@ def read_evaluation(path: Path) -> Evaluation:
 def _quality_from_json(document: dict[str, Any]) -> ModelQuality:
     return ModelQuality(
         metrics={metric: Estimate(**value) for metric, value in document["metrics"].items()},
-        coverage_at_10=document["coverage_at_10"],
-        popularity_bias_at_10=document["popularity_bias_at_10"],
+        coverage_at_10=Estimate(**document["coverage_at_10"]),
+        popularity_bias_at_10=Estimate(**document["popularity_bias_at_10"]),
         by_history_length=tuple(
             Lengths(
                 group["from"], group["to"], group["users"], {metric: Estimate(**group[metric]) for metric in _BY_LENGTH}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Estimate", "estimate", "resampled_means"]
+__all__ = ["Estimate", "estimate", "resampled_means", "standard_interval"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ def resampled_means(values: NDArray[np.float64], weights: NDArray[np.float64] | 
         with np.errstate(invalid="ignore", divide="ignore"):
             means[start : start + rows] = counts @ numerators / (shoppers if weights is None else counts @ weights)
     return means
+
+
+def standard_interval(value: float, draws: NDArray[np.float64], *, z: float = 1.96) -> Estimate:
+    """``value`` with its bootstrap standard error to either side (Efron and Tibshirani, chapters 6 and 12; 200 draws
+    do). For a count of distinct things, where a resample repeats shoppers and so sees fewer: the percentiles of its
+    draws lie below the value that they should surround.
+    """
+    half = z * float(np.std(draws, ddof=1))
+    return Estimate(value, value - half, value + half)
 
 
 def estimate(value: float, draws: NDArray[np.float64], *, level: float = 0.95) -> Estimate:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CUTOFFS", "METRICS", "catalogue_coverage", "per_shopper", "popularity_lift"]
+__all__ = ["CUTOFFS", "METRICS", "catalogue_coverage", "mean_popularity", "per_shopper", "popularity_lift"]
 
 CUTOFFS = (5, 10, 20)
 METRICS = tuple(f"{kind}_at_{k}" for kind in ("hr", "ndcg", "mrr") for k in CUTOFFS)
@@ -39,18 +39,25 @@ def catalogue_coverage(top: NDArray[np.integer], n_items: int) -> float:
     Ge, Delgado-Battenfeld and Jannach, "Beyond Accuracy: Evaluating Recommender Systems by Coverage and Serendipity",
     RecSys 2010.
     """
-    shown = np.unique(top)
-    return float(np.count_nonzero(shown > 0) / n_items)
+    shown = np.zeros(n_items + 1, np.bool_)
+    shown[top] = True
+    return float(np.count_nonzero(shown[1:]) / n_items)
 
 
-def popularity_lift(top: NDArray[np.integer], histories: Sequence[NDArray[np.integer]],
-                    purchases: NDArray[np.number]) -> float:  # fmt: skip
+def popularity_lift(shown: float, owned: float) -> float:
     """How much more popular than their own purchases the items are that shoppers are shown.
 
-    With the mean popularity of a shopper's list and of a shopper's history, each averaged over shoppers:
-    ``(list - history) / history``. 0 is no bias, 1 is twice as popular, below 0 is less popular. This is the group
+    Both are the mean popularity of a list's items (a history's), averaged over shoppers (:func:`mean_popularity`); the
+    lift is ``(shown - owned) / owned``. 0 is no bias, 1 is twice as popular, below 0 is less popular. This is the group
     average popularity's change of Abdollahpouri et al., "The Unfairness of Popularity Bias in Recommendation" (RMSE
     workshop at RecSys 2019), over all shoppers as one group.
+    """
+    return (shown - owned) / owned if owned > 0 else 0.0
+
+
+def mean_popularity(top: NDArray[np.integer], histories: Sequence[NDArray[np.integer]],
+                    purchases: NDArray[np.number]) -> NDArray[np.float64]:  # fmt: skip
+    """``[shoppers, 2]``: the mean popularity of what each shopper is shown, and of what each had bought.
 
     Args:
         top: ``[shoppers, k]``, 0 where a list is shorter.
@@ -59,10 +66,8 @@ def popularity_lift(top: NDArray[np.integer], histories: Sequence[NDArray[np.int
     """
     popularity = purchases.astype(np.float64)
     popularity[0] = 0.0
-    listed = np.maximum(np.count_nonzero(top, axis=1), 1)
-    shown = float(np.mean(popularity[top].sum(axis=1) / listed))
+    shown = popularity[top].sum(axis=1) / np.maximum(np.count_nonzero(top, axis=1), 1)
     lengths = np.array([len(history) for history in histories], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    sums = np.add.reduceat(popularity[np.concatenate(list(histories))], starts)
-    owned = float(np.mean(sums / lengths))
-    return (shown - owned) / owned if owned > 0 else 0.0
+    owned = np.add.reduceat(popularity[np.concatenate(list(histories))], starts) / lengths
+    return np.stack([shown, owned], axis=1)

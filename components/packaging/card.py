@@ -39,7 +39,7 @@ def model_card(
     quality = evaluation.models[model]
     rows = [
         f"| {other} | " + " | ".join(_interval(evaluation, other, metric) for metric in ("ndcg_at_10", "hr_at_10"))
-        + f" | {evaluation.models[other].coverage_at_10:.3f} |"
+        + f" | {evaluation.models[other].coverage_at_10.value:.3f} |"
         for other in evaluation.models
     ]  # fmt: skip
     synthetic = " **Synthetic data: these numbers say nothing about any real shop.**" if data["synthetic"] else ""
@@ -56,7 +56,8 @@ def model_card(
         "Leave-one-out test split, ranked among all items with the shopper's own history masked; 95 % bootstrap"
         " intervals over shoppers.",
         "| model | NDCG@10 | HR@10 | coverage@10 |\n|---|---|---|---|\n" + "\n".join(rows),
-        f"Popularity of what is shown, relative to the shoppers' own purchases: {quality.popularity_bias_at_10:+.0%}.",
+        "Popularity of what is shown, relative to the shoppers' own purchases:"
+        f" {quality.popularity_bias_at_10.value:+.0%}.",
         "## Beware",
         "\n".join(
             f"- {caveat}"

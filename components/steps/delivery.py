@@ -100,8 +100,8 @@ def register_model(package: Path, *, registry: Registry, name: str, evaluation: 
         for other, quality in evaluation.models.items()
     }
     metrics |= {
-        "coverage_at_10": evaluation.models[model].coverage_at_10,
-        "popularity_bias_at_10": evaluation.models[model].popularity_bias_at_10,
+        "coverage_at_10": evaluation.models[model].coverage_at_10.value,
+        "popularity_bias_at_10": evaluation.models[model].popularity_bias_at_10.value,
         "training_seconds": float(training["seconds"]),
     }
     params = {

@@ -101,6 +101,10 @@ def metric(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}".replace("0.", ".", 1)
 
 
+def bias(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def signed(value: float) -> str:
     return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")
 
@@ -213,6 +217,7 @@ def _context(run: Run, summary: Summary, measures: tuple[Recovery | None, ...]) 
         "objective_rows": _objective_rows(run, requests, outside),
         "fallbacks": int(requests.fallback.sum()) if requests is not None else 0,
         "facts": _facts,
+        "write": {"metric": metric, "share": share, "bias": bias},
     }
 
 

@@ -101,8 +101,8 @@ class LengthGroup(_Part):
 
 class Model(_Part):
     metrics: dict[str, Measured]
-    coverage_at_10: float | None = None
-    popularity_bias_at_10: float | None = None
+    coverage_at_10: Measured | None = None
+    popularity_bias_at_10: Measured | None = None
     by_history_length: tuple[LengthGroup, ...] = ()
 
 

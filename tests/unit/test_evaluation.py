@@ -19,6 +19,7 @@ from components.evaluation import (
     estimate,
     estimate_difference,
     evaluate,
+    mean_popularity,
     per_shopper,
     popularity_lift,
     read_evaluation,
@@ -41,8 +42,26 @@ def test_coverage_and_popularity_lift():
     assert catalogue_coverage(top, 4) == 0.5
     purchases = np.array([99, 8, 4, 2, 2])  # padding's count must not matter
     histories = [np.array([3, 4]), np.array([3])]
-    assert popularity_lift(top, histories, purchases) == pytest.approx((7 - 2) / 2)
-    assert popularity_lift(np.array([[3, 4], [3, 0]]), histories, purchases) == pytest.approx(0)
+    assert mean_popularity(top, histories, purchases).tolist() == [[6, 2], [8, 2]]
+    assert popularity_lift(7, 2) == pytest.approx((7 - 2) / 2)
+    assert popularity_lift(2, 2) == 0 == popularity_lift(2, 0)
+
+
+def test_what_is_shown_is_judged_with_intervals_too():
+    """A model that shows everybody the same ten covers them for certain; one that shows anything has room to vary."""
+    random = np.random.default_rng(5)
+    histories = [random.integers(1, 300, size=6) for _ in range(400)]
+    purchases = np.arange(300.0)
+    same, anything = np.tile(np.arange(290, 300), (400, 1)), random.integers(1, 300, (400, 10))
+    anything[200:] = anything[:200, ::-1]
+    ranked = [Ranked("same", np.ones(400, np.int64), same), Ranked("anything", np.ones(400, np.int64), anything)]
+    models = evaluate(ranked, split="test", histories=histories, purchases=purchases, resamples=200).models
+    fixed = models["same"].coverage_at_10
+    assert [fixed.low, fixed.high] == pytest.approx([10 / 299] * 2)
+    varied = models["anything"].coverage_at_10
+    assert varied.low < varied.value <= varied.high <= 1
+    lift = models["same"].popularity_bias_at_10
+    assert 0.8 < lift.low < lift.high < 1.2  # the ten bestsellers, against items drawn evenly
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

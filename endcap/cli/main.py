@@ -69,16 +69,21 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer's Exit comes back as its code; Ctrl-C comes back as 130
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except EndcapError as error:
         # A step's failure is its own error's: a data file that is missing is the caller's to correct there too.
         cause = error.__cause__ if isinstance(error, StepError) else None
         _fail(str(error), cause.exit_code if isinstance(cause, EndcapError) else error.exit_code, error.to_json())
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         Console().error("interrupted; everything that was started is ended")
         sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 128 + signal.SIGTERM:
+            Console().error("terminated; everything that was started is ended")
+        raise
     except OSError as error:
         told = from_os_error(error, doing="running this command")
         _fail(str(told), told.exit_code, told.to_json())

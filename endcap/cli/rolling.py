@@ -45,6 +45,6 @@ def _tell(console: Console, task: Task, spec: RolloutSpec, state: State, evidenc
     if state.phase is Phase.OBSERVING:
         task.update(f"at {share:.0%}: {seen}", done=state.step + 1, total=len(spec.steps))
     elif state.phase is Phase.GROWING:
-        console.say(f"    {state.canary}: {share:.0%}", style="dim")
+        console.say(f"    {state.canary}: getting ready for {share:.0%}", style="dim")
     elif state.phase is Phase.RETURNING:
         console.say(f"    {state.canary}: back to {state.stable}: {state.reason}", style="dim")

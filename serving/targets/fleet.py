@@ -190,8 +190,7 @@ class Fleet:
             check()
             for slot in slots:
                 if slot.phase is Phase.REFUSED:
-                    raise VerificationError(slot.reason, where=slot.version.package,
-                                            next_step="sign the package with the key this target trusts")  # fmt: skip
+                    raise _refusal(slot)
                 if slot.failed_starts >= _TRIES:
                     raise CapacityError(f"replica {slot.name} does not start: {slot.reason}", where=self._log(slot))
             missing = [slot.name for slot in slots if not slot.ready]
@@ -277,3 +276,12 @@ class Fleet:
             "--host", config.host, "--port", str(slot.port), "--impression-key", str(self._impression_key),
             *config.server_arguments,
         ]  # fmt: skip
+
+
+def _refusal(slot: Slot) -> VerificationError:
+    """The replica's last words, ``where: what; next: ...`` on one line, as the error that they were."""
+    what, _, next_step = slot.reason.partition("; next: ")
+    return VerificationError(
+        what.removeprefix(f"{slot.version.package}: "), where=slot.version.package,
+        next_step=next_step or "see what is wrong with it: endcap model verify",
+    )  # fmt: skip

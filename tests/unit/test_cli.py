@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,30 @@ def test_an_error_is_a_document_where_a_machine_reads(tmp_path: Path) -> None:
     shown = endcap("model", "show", str(tmp_path), "--json")
     assert shown.returncode == 3
     assert json.loads(shown.stdout)["error"] == "PackageError"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_interrupted_says_so_and_does_not_exit_as_if_done(number: int, code: int) -> None:
+    waiting = """
+import signal
+from endcap.cli.main import app, main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+@app.command()
+def wait() -> None:
+    print("waiting", flush=True)
+    signal.pause()
+main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", waiting, "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "everything that was started is ended" in said
+    assert "Traceback" not in said
 
 
 def test_the_schemas_of_the_files_people_write_can_be_printed() -> None:

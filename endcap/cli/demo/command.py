@@ -24,6 +24,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of training, load and drills.")] = 7,
     rate: Annotated[float, typer.Option(min=1, max=2000, help="Shoppers' requests a second.")] = 150.0,
     train_seconds: Annotated[float, typer.Option(min=1, help="Time budget of the transformer's training.")] = 100.0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs of the transformer; default: its own.")] = None,
     package: Annotated[
         list[Path] | None,
         typer.Option(help="A further signed package to roll out after the demo's own; may be repeated."),
@@ -47,6 +48,7 @@ def demo(
         seed=seed,
         rate_rps=rate,
         train_s=train_seconds,
+        epochs=epochs,
         packages=tuple(path.absolute() for path in package or ()),
         keys=(keys or out.absolute().parent / "keys").absolute(),
     )

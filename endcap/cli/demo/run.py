@@ -49,6 +49,7 @@ class DemoConfig:
     seed: int
     rate_rps: float
     train_s: float
+    epochs: int | None
     packages: tuple[Path, ...]
     keys: Path
 
@@ -162,7 +163,8 @@ class _Demo:
         registry = open_registry(str(self._out / "mlflow"))
         trained = RunConfig(
             out=self._out, registry_uri=registry.uri, keys=config.keys, name=NAME, file=config.data,
-            dataset=config.dataset, seed=config.seed, training_seconds=config.train_s, git_commit=_git_commit() or "",
+            dataset=config.dataset, seed=config.seed, training_seconds=config.train_s, epochs=config.epochs,
+            git_commit=_git_commit() or "",
         )  # fmt: skip
         first = replace(trained, out=self._out / "champion", candidate="item-knn")
         with self._console.task("first champion, item-kNN") as task:

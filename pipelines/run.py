@@ -16,7 +16,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class DataSummary:
     sha256: str
     origin: str
     dropped: Mapping[str, int]
+    caveats: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def write_offline(folder: Path, *, synthetic: bool = False) -> None:
         "synthetic": synthetic,
         "sha256": "9f6c1d0e" * 8,
         "dropped": {"malformed_lines": 0, "duplicates": 3, "short_users": 0},
+        "caveats": ["Purchases of the same day stand in the order of their item ids."],
     }
     _json(folder / "data.json", data)
     curve = [

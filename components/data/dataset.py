@@ -42,6 +42,8 @@ class Limits:
 
     malformed_share: float = 0.01
     duplicate_share: float = 0.05
+    repeat_share: float = 0.2
+    """Of purchases that only repeat the one before: beyond it the file lists views or clicks."""
     short_share: float = 0.5
 
 
@@ -54,6 +56,7 @@ class Dataset:
         item_ids: external ids; item ``i`` of a sequence is ``item_ids[i - 1]``.
         shopper_ids: external ids, one a sequence.
         sequences: int32, values 1..len(item_ids), oldest first.
+        caveats: what a reader of results must know of the data.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Dataset:
     shopper_ids: tuple[str, ...]
     sequences: tuple[NDArray[np.int32], ...]
     dropped: Dropped
+    caveats: tuple[str, ...] = ()
 
     @property
     def n_items(self) -> int:
@@ -82,6 +86,7 @@ class Dataset:
             "synthetic": self.synthetic,
             "sha256": self.sha256,
             "dropped": asdict(self.dropped),
+            "caveats": list(self.caveats),
         }
 
 
@@ -103,7 +108,7 @@ def parse_sequences(raw: bytes, *, name: str, where: object, synthetic: bool = F
     malformed: list[tuple[int, str]] = []
     repeated: list[int] = []
     short: list[int] = []
-    duplicates = 0
+    purchases = repeats = 0
     kept: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         ids = _ids_of(line)
@@ -113,10 +118,10 @@ def parse_sequences(raw: bytes, *, name: str, where: object, synthetic: bool = F
         shopper, *items = ids
         if shopper in kept:
             repeated.append(number)
-            duplicates += 1
             continue
         once = [item for place, item in enumerate(items) if place == 0 or item != items[place - 1]]
-        duplicates += len(items) - len(once)
+        purchases += len(items)
+        repeats += len(items) - len(once)
         if len(once) < MIN_SEQUENCE:
             short.append(number)
             continue
@@ -130,6 +135,9 @@ def parse_sequences(raw: bytes, *, name: str, where: object, synthetic: bool = F
     if len(repeated) > limits.duplicate_share * len(lines):
         raise DataError(f"{len(repeated)} of {len(lines)} lines are second lines of a shopper seen before",
                         where=f"{where}, line {repeated[0]}", next_step="write one line a shopper")  # fmt: skip
+    if repeats > limits.repeat_share * purchases:
+        raise DataError(f"{repeats} of {purchases} purchases only repeat the one before", where=where,
+                        next_step="write purchases, each once")  # fmt: skip
     if len(short) > limits.short_share * len(lines) or not kept:
         raise DataError(f"{len(short)} of {len(lines)} shoppers have fewer than {MIN_SEQUENCE} purchases",
                         where=f"{where}, line {short[0]}" if short else where,
@@ -143,7 +151,7 @@ def parse_sequences(raw: bytes, *, name: str, where: object, synthetic: bool = F
         item_ids=tuple(item_ids),
         shopper_ids=tuple(kept),
         sequences=tuple(np.array([index[item] for item in items], np.int32) for items in kept.values()),
-        dropped=Dropped(len(malformed), duplicates, len(short)),
+        dropped=Dropped(len(malformed), len(repeated) + repeats, len(short)),
     )
 
 
@@ -198,6 +206,7 @@ def load_dataset(path: Path) -> Dataset:
         shopper_ids=tuple(arrays["shopper_ids"].tolist()),
         sequences=unflatten(arrays["items"], arrays["offsets"]),
         dropped=Dropped(**about["dropped"]),
+        caveats=tuple(about["caveats"]),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from components.data.dataset import Dataset, parse_sequences
@@ -84,7 +84,7 @@ def obtain(source: Source) -> Obtained:
         raw = _read(source.file)
         if source.sha256 is not None:
             _check(raw, source.sha256, source.file)
-        return Obtained(parse_sequences(raw, name=source.file.stem, where=source.file), str(source.file))
+        return Obtained(_parse(raw, source.file.stem, source.file), str(source.file))
     if source.name == SYNTHETIC:
         return Obtained(synthetic_dataset(source.shop, source.seed), "synthetic shop, as asked for")
     if source.name != BEAUTY.name:
@@ -97,13 +97,19 @@ def _published(known: KnownData, source: Source) -> Obtained:
     if mirrored is not None:
         raw = _read(mirrored)
         _check(raw, known.sha256, mirrored)
-        return Obtained(parse_sequences(raw, name=known.name, where=mirrored), str(mirrored))
+        return Obtained(_parse(raw, known.name, mirrored), str(mirrored))
     try:
         path = _download(known, source.cache)
     except _UnreachableError as error:
         return Obtained(synthetic_dataset(source.shop, source.seed),
                         f"synthetic shop, because {known.name} could not be fetched ({error})")  # fmt: skip
-    return Obtained(parse_sequences(_read(path), name=known.name, where=path), known.url)
+    return Obtained(_parse(_read(path), known.name, path), known.url)
+
+
+def _parse(raw: bytes, name: str, where: Path) -> Dataset:
+    """A data set with what is known of it, by its checksum, under whatever name it comes."""
+    dataset = parse_sequences(raw, name=name, where=where)
+    return replace(dataset, caveats=(BEAUTY.caveat,)) if dataset.sha256 == BEAUTY.sha256 else dataset
 
 
 def _mirrored(known: KnownData, mirror: Path | None) -> Path | None:

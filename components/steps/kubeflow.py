@@ -212,9 +212,8 @@ def package_candidate(
         from endcap.files import read_json
 
         dataset = load_dataset(Path(data.path))
-        published = dataset.sha256 == BEAUTY.sha256
         licence = "none needed, generated" if dataset.synthetic else "as its owner says"
-        licence = BEAUTY.licence if published else licence
+        licence = BEAUTY.licence if dataset.sha256 == BEAUTY.sha256 else licence
         _, whole = package_model(
             Path(package.path), name=name, graph=Path(graph.path), int8=Path(int8.path), models=Path(models.path),
             dataset=dataset, evaluation=read_evaluation(Path(evaluation.path)), parity=read_json(Path(parity.path)),
@@ -224,7 +223,7 @@ def package_candidate(
                 "synthetic": str(dataset.synthetic).lower(), "seed": str(seed),
                 "git_commit": git_commit, "pipeline_run": run,
             },
-            caveats=[BEAUTY.caveat] if published else [],
+            caveats=dataset.caveats,
             licence=licence,
             keys=Path(keys),
         )  # fmt: skip

@@ -56,6 +56,7 @@ def test_reads_sequences_and_counts_what_it_leaves_out():
         (b"user,item\n1,2\n", "line 1"),
         (b"1 2 3 4\n2\n", "line 2"),
         (b"1 2 3 4\n1 5 6 7\n", "line 2"),
+        (b"1 2 2 2 3 4\n", "2 of 5 purchases"),
         (b"1 2\n2 3\n", "fewer than 3"),
     ],
 )
@@ -140,6 +141,18 @@ def test_a_given_file_is_used_and_its_checksum_held_to(tmp_path: Path):
         obtain(Source(file=path, sha256="0" * 64))
     with pytest.raises(DataError, match="no such data file"):
         obtain(Source(file=tmp_path / "gone.txt"))
+
+
+def test_what_is_known_of_published_data_goes_with_it_under_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "copied.txt"
+    path.write_bytes(LINES)
+    known = fetch_module.KnownData(**{**vars(BEAUTY), "sha256": hashlib.sha256(LINES).hexdigest()})
+    assert obtain(Source(file=path)).dataset.caveats == ()
+    monkeypatch.setattr(fetch_module, "BEAUTY", known)
+    dataset = obtain(Source(file=path)).dataset
+    assert dataset.describe()["caveats"] == [BEAUTY.caveat] and "same day" in BEAUTY.caveat
+    save_dataset(tmp_path / "data", dataset)
+    assert load_dataset(tmp_path / "data").caveats == dataset.caveats
 
 
 def test_a_mirror_with_another_file_is_refused_not_replaced(tmp_path: Path):

@@ -401,6 +401,11 @@ def test_synthetic_data_is_said_in_the_title_and_at_the_top(tmp_path: Path) -> N
     assert seen.text.index("not real shoppers") < seen.text.index("Version 2 was promoted")
 
 
+def test_what_is_to_be_known_of_the_data_is_on_the_page(folder: Path) -> None:
+    build(folder)
+    assert "Purchases of the same day stand in the order" in (folder / "report.html").read_text()
+
+
 def test_a_real_data_set_is_not_called_synthetic(folder: Path) -> None:
     build(folder)
     assert "ynthetic" not in _Seen(page_of(folder)).text

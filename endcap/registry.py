@@ -13,6 +13,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,13 +116,17 @@ class Registry:
         verify_digests(package, read_manifest(package))
         digest = sha256_file(package / MANIFEST_FILE)
         with self._errors("registering a model version"):
+            from mlflow.entities import Metric, Param
+
+            now_ms = int(time.time() * 1000)
             client = self._client(make=True)
             run = client.create_run(self._experiment(client, name), run_name=run_name, tags=dict(tags))
             run_id = run.info.run_id
-            for key, value in params.items():
-                client.log_param(run_id, key, value)
-            for key, number in metrics.items():
-                client.log_metric(run_id, key, float(number))
+            client.log_batch(
+                run_id,
+                metrics=[Metric(key, float(number), now_ms, 0) for key, number in metrics.items()],
+                params=[Param(key, str(value)) for key, value in params.items()],
+            )
             client.log_artifacts(run_id, str(package), "package")
             for plot in plots:
                 client.log_artifact(run_id, str(plot), "plots")

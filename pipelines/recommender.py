@@ -37,6 +37,7 @@ def recommender(
     seed: int = 7,
     epochs: int = 0,
     training_seconds: float = 0.0,
+    checkpoint: str = "",
     git_commit: str = "",
     run: str = "",
 ) -> None:
@@ -55,6 +56,8 @@ def recommender(
         seed: of everything random.
         epochs: of the transformer at most; 0: as configured.
         training_seconds: of the transformer at most; 0: no limit.
+        checkpoint: file that training writes after every epoch and goes on from, on a volume that outlives the step;
+            empty: none.
         git_commit: of this code, for lineage.
         run: label of this run, for lineage.
     """
@@ -62,7 +65,7 @@ def recommender(
     parted = split_data(data=ingested.outputs["data"])
     split = parted.outputs["split"]
     trained = train_candidates(split=split, candidate=candidate, seed=seed, epochs=epochs,
-                               training_seconds=training_seconds)  # fmt: skip
+                               training_seconds=training_seconds, checkpoint=checkpoint)  # fmt: skip
     models = trained.outputs["models"]
     judged = evaluate_candidates(split=split, models=models, candidate=candidate, seed=seed)
     compared = compare_champion(

@@ -53,6 +53,8 @@ class RunConfig:
         candidate: ``best`` (on validation) or the model to register: ``item-knn`` makes the first champion's package.
         epochs: of the transformer at most; None: as configured.
         training_seconds: of the transformer at most; None: no limit.
+        checkpoint: file that training writes after every epoch; gone when the run has come to its end. None: none.
+        resume: go on from the checkpoint of a run that was interrupted; else such a one is deleted first.
         git_commit: for lineage.
     """
 
@@ -69,6 +71,8 @@ class RunConfig:
     seed: int = 7
     epochs: int | None = None
     training_seconds: float | None = None
+    checkpoint: Path | None = None
+    resume: bool = False
     git_commit: str = ""
 
 
@@ -165,6 +169,8 @@ def _run(config: RunConfig, on_event: Callable[[StepEvent], None]) -> PipelineRe
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        if config.checkpoint is not None and not config.resume:
+            config.checkpoint.unlink(missing_ok=True)
     except OSError as error:
         raise from_os_error(error, doing="making the working folder") from error
     progress = work / "progress.jsonl"
@@ -185,7 +191,10 @@ def _run(config: RunConfig, on_event: Callable[[StepEvent], None]) -> PipelineRe
     finally:
         stop(process)
     _raise_failure(seen, process.returncode, log)
-    return _collect(config, work, seen)
+    result = _collect(config, work, seen)
+    if config.checkpoint is not None:
+        config.checkpoint.unlink(missing_ok=True)
+    return result
 
 
 def _environment(progress: Path) -> dict[str, str]:
@@ -218,6 +227,7 @@ def _arguments(config: RunConfig) -> dict[str, Any]:
         "seed": config.seed,
         "epochs": config.epochs or 0,
         "training_seconds": float(config.training_seconds or 0.0),
+        "checkpoint": str(config.checkpoint.resolve()) if config.checkpoint is not None else "",
         "git_commit": config.git_commit,
         "run": f"{config.name}-{now}-{secrets.token_hex(3)}",
     }

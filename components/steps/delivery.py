@@ -111,15 +111,18 @@ def register_model(package: Path, *, registry: Registry, name: str, evaluation: 
         "max_history": manifest.max_history,
         "seed": manifest.lineage.get("seed", ""),
         **{key: value for key, value in evaluation.blend.items() if key == "knn_share"},
+        **training["parameters"],
     }
     return registry.register(
         package, name=name, metrics=metrics, params=params, tags=manifest.lineage,
-        plots=draw_plots(scratch, evaluation, training), run_name=manifest.lineage.get("pipeline_run"),
+        plots=draw_plots(scratch, evaluation, training, synthetic=manifest.lineage.get("synthetic") == "true"),
+        run_name=manifest.lineage.get("pipeline_run"),
     )  # fmt: skip
 
 
-def draw_plots(folder: Path, evaluation: Evaluation, training: Mapping[str, Any]) -> list[Path]:
+def draw_plots(folder: Path, evaluation: Evaluation, training: Mapping[str, Any], *, synthetic: bool) -> list[Path]:
     """Quality of all models, and the training curve where there is one, as PNG files in ``folder``."""
+    title = "Synthetic data" if synthetic else ""
     import matplotlib
 
     matplotlib.use("agg")
@@ -130,6 +133,7 @@ def draw_plots(folder: Path, evaluation: Evaluation, training: Mapping[str, Any]
     values = [evaluation.models[name].metrics["ndcg_at_10"] for name in names]
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
+    axes.set_title(title)
     errors = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
     axes.barh(names, [v.value for v in values], xerr=errors, color="#4c78a8")
     axes.invert_yaxis()
@@ -139,6 +143,7 @@ def draw_plots(folder: Path, evaluation: Evaluation, training: Mapping[str, Any]
     if training["curve"]:
         figure = Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
+        axes.set_title(title)
         axes.plot([e["seconds"] for e in training["curve"]], [e["valid_ndcg_at_10"] for e in training["curve"]], "o-")
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("NDCG@10 on validation")

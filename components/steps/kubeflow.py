@@ -57,7 +57,7 @@ def split_data(data: Input[Dataset], split: Output[Dataset], shoppers: Output[Da
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train_candidates(
-    split: Input[Dataset], candidate: str, seed: int, epochs: int, training_seconds: float,
+    split: Input[Dataset], candidate: str, seed: int, epochs: int, training_seconds: float, checkpoint: str,
     models: Output[Model], training: Output[Artifact],
 ) -> None:  # fmt: skip
     """Fit bestsellers, item-kNN and the transformer."""
@@ -76,7 +76,8 @@ def train_candidates(
         use_all_cores()
         made, summary = train_models(
             load_split(Path(split.path)), candidate=candidate, seed=seed, epochs=epochs or None,
-            max_seconds=training_seconds or None, on_epoch=lambda record: progress.tell("epoch", **asdict(record)),
+            max_seconds=training_seconds or None, checkpoint=Path(checkpoint) if checkpoint else None,
+            on_epoch=lambda record: progress.tell("epoch", **asdict(record)),
         )  # fmt: skip
         save_models(Path(models.path), made)
         write_json(Path(training.path), summary.to_json())

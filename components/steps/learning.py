@@ -17,7 +17,7 @@ from components.evaluation import Evaluation, Ranked, evaluate, with_measured
 from components.evaluation.listing import rank_and_list
 from components.export.graph import Parity, check_parity, export_graph
 from components.models.graph import RecommenderGraph
-from components.models.item_knn import fit_item_knn
+from components.models.item_knn import ItemKnnConfig, fit_item_knn
 from components.models.popularity import fit_popularity
 from components.steps.blend import choose_blend, shares_of
 from components.steps.stored_models import BLEND, ITEM_KNN, POPULARITY, TRANSFORMER, StoredModels, scorer
@@ -37,12 +37,16 @@ TOP_K = 20
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """The document ``training.json``; all zero where no transformer was trained."""
+    """The document ``training.json``; all zero where no transformer was trained.
+
+    ``parameters``: how each model was configured, such as ``item-knn.neighbours``.
+    """
 
     seconds: float
     epochs: int
     curve: tuple[EpochRecord, ...]
     stopped_early: bool
+    parameters: Mapping[str, object]
 
     def to_json(self) -> dict[str, object]:
         """The document."""
@@ -58,6 +62,7 @@ def train_models(split: LeaveOneOut, *, candidate: str, seed: int, epochs: int |
         candidate: ``best`` or the name of a model.
         epochs: at most; None: as configured.
         max_seconds: of the transformer's training; None: no limit.
+        checkpoint: written after every epoch and, where there is one, gone on from.
     """
     if candidate not in (BEST, POPULARITY, ITEM_KNN, TRANSFORMER, BLEND):
         raise InputError(f"no model is called {candidate!r}",
@@ -65,14 +70,27 @@ def train_models(split: LeaveOneOut, *, candidate: str, seed: int, epochs: int |
     popularity = fit_popularity(split.train, split.n_items)
     knn = fit_item_knn(split.train, split.n_items)
     if candidate in (POPULARITY, ITEM_KNN):
-        return StoredModels(popularity, knn, None), TrainingSummary(0.0, 0, (), False)
+        return StoredModels(popularity, knn, None), TrainingSummary(0.0, 0, (), False, _named(ITEM_KNN, knn.config))
     config = TrainingConfig(seed=seed, max_seconds=max_seconds)
     if epochs is not None:
         config = replace(config, epochs=epochs)
     trained = train_transformer(split.train, split.histories("valid"), split.valid_target, split.n_items, config,
                                 checkpoint=checkpoint, on_epoch=on_epoch)  # fmt: skip
-    summary = TrainingSummary(trained.seconds, trained.epochs, trained.curve, trained.stopped_early)
+    parameters = _named(ITEM_KNN, knn.config) | _named(TRANSFORMER, config)
+    summary = TrainingSummary(trained.seconds, trained.epochs, trained.curve, trained.stopped_early, parameters)
     return StoredModels(popularity, knn, trained.module), summary
+
+
+def _named(prefix: str, config: ItemKnnConfig | TrainingConfig) -> dict[str, object]:
+    """A configuration's settings by dotted name."""
+    found: dict[str, object] = {}
+    waiting: list[tuple[str, object]] = [(prefix, asdict(config))]
+    for name, value in waiting:
+        if isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        else:
+            found[name] = value
+    return found
 
 
 def purchases(train: Sequence[NDArray[np.integer]], n_items: int) -> NDArray[np.int64]:

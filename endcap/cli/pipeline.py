@@ -41,6 +41,9 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 7,
     train_seconds: Annotated[float | None, typer.Option(help="Time budget of the transformer.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Most epochs of the transformer.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that an interrupted run in this folder began.")
+    ] = False,
     name: Annotated[str, typer.Option(help="Name of the registered model.")] = "recommender",
     keys: Annotated[Path, typer.Option(help="Folder of the signing key; made on first use.")] = Path("out/keys"),
     registry: RegistryOption = "out/mlflow",
@@ -56,7 +59,7 @@ def run(
             RunConfig(
                 out=out.absolute(), registry_uri=open_registry(registry).uri, keys=keys.absolute(), name=name,
                 file=data, sha256=sha256, dataset=dataset, candidate=candidate, seed=seed, epochs=epochs,
-                training_seconds=train_seconds,
+                training_seconds=train_seconds, checkpoint=out.absolute() / "checkpoint.npz", resume=resume,
             ),
             on_event=tell_progress(task),
         )  # fmt: skip

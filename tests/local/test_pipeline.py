@@ -42,7 +42,8 @@ import sys
 from pathlib import Path
 from pipelines.run import RunConfig, run_recommender
 out, registry = Path(sys.argv[1]), sys.argv[2]
-run_recommender(RunConfig(out=out, registry_uri=registry, keys=out / "keys", file=out / "shop.txt", epochs=10_000),
+run_recommender(RunConfig(out=out, registry_uri=registry, keys=out / "keys", file=out / "shop.txt", epochs=10_000,
+                          checkpoint=out / "checkpoint.npz"),
                 on_event=lambda event: print(event.step, event.event, flush=True))
 """
 
@@ -88,17 +89,19 @@ def test_killed_while_it_trains_no_process_stays(folder):
     assert left == []
 
 
-def test_the_run_after_that_goes_through_every_step_to_a_signed_registered_package(folder):
+def test_the_run_after_that_resumes_and_goes_through_every_step_to_a_signed_registered_package(folder):
     events: list[StepEvent] = []
-    settings = config(folder)
+    # Its time is over: it has what the killed run learnt, and nothing more.
+    settings = config(folder, epochs=10_000, training_seconds=0.001, checkpoint=folder / "checkpoint.npz", resume=True)
     result = run_recommender(settings, on_event=events.append)
     assert result.promoted_by_gate and result.version == "1" and result.package is not None
     assert [event.step for event in events if event.event == "finished"] == list(STEPS)
-    assert [event.details["epoch"] for event in events if event.event == "epoch"] == [1]
+    assert [event for event in events if event.event == "epoch"] == [] and result.training.curve[0].epoch == 1
+    assert not (folder / "checkpoint.npz").exists()
     assert set(result.evaluation.models) == {"popularity", "item-knn", "transformer", "transformer+item-knn"}
     assert result.evaluation.parity["shoppers"] > 0 and result.evaluation.int8["int8_bytes"] > 0
     assert read_json(folder / "evaluation.json") == result.evaluation.to_json()
-    assert (result.data.users, result.data.synthetic, result.training.epochs) == (300, False, 1)
+    assert (result.data.users, result.data.synthetic, result.data.caveats) == (300, False, [])
 
     manifest = verify_package(result.package, folder / "keys" / "signing.pub")
     assert manifest.lineage["data_sha256"] == result.data.sha256 and manifest.lineage["git_commit"] == "c0ffee"

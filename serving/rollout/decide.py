@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from endcap.errors import EndcapError, PackageError
 from endcap.evidence import Evidence, Verdict
 from serving.rollout.spec import RolloutSpec
-from serving.rollout.state import EnsureCapacity, Outcome, Phase, Retire, SetShares, State
+from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, SetShares, State
 
 __all__ = ["ActFailed", "Acted", "Event", "Looked", "begin", "decide"]
 
@@ -35,17 +35,23 @@ class Acted:
 
 @dataclass(frozen=True, slots=True)
 class ActFailed:
+    """Some of the state's intent was not done. ``canary_attempts``: as far as is known."""
+
     error: EndcapError
+    canary_attempts: int = 0
 
 
 Event = Looked | Acted | ActFailed
 
 
-def begin(spec: RolloutSpec, *, stable: str, canary: str, now_s: float) -> State:
-    """The state of a rollout that is about to give its candidate the first share."""
+def begin(spec: RolloutSpec, *, stable: str, canary: str, canary_attempts: int = 0, now_s: float) -> State:
+    """The state of a rollout that is about to give its candidate the first share.
+
+    ``canary_attempts``: what the candidate had served before, in an earlier rollout.
+    """
     start = State(
         phase=Phase.GROWING, step=0, stable=stable, canary=canary, started_at_s=now_s, step_at_s=now_s,
-        step_attempts=0, intent=(), reason="started",
+        step_attempts=canary_attempts, intent=(), reason="started",
     )  # fmt: skip
     return _grow(spec, start, step=0, reason=f"step 1 of {len(spec.steps)}: {spec.steps[0].share:.0%}")
 
@@ -57,8 +63,8 @@ def decide(spec: RolloutSpec, state: State, event: Event, now_s: float) -> State
     match event:
         case Acted(canary_attempts):
             return _after_act(state, canary_attempts, now_s)
-        case ActFailed(error):
-            return _after_failure(state, error)
+        case ActFailed():
+            return _after_failure(state, event)
         case Looked():
             return _after_look(spec, state, event, now_s) if state.phase is Phase.OBSERVING else state
 
@@ -73,15 +79,19 @@ def _after_act(state: State, canary_attempts: int, now_s: float) -> State:
             return state
 
 
-def _after_failure(state: State, error: EndcapError) -> State:
+def _after_failure(state: State, failed: ActFailed) -> State:
+    error = failed.error
+    if state.phase is Phase.RETURNING and state.outcome is not Outcome.HELD:
+        # A canary that was shown to be worse must not keep its share because stable lacks a replica: next time the
+        # traffic goes first (the target still wants one healthy replica), then capacity first again.
+        return state.with_(intent=_way_back(state, capacity_first=not isinstance(state.intent[0], EnsureCapacity)))
     if state.phase in (Phase.RETURNING, Phase.RETIRING):
         return state  # the same intent again: giving traffic back, once decided, is never given up
-    served = state.step > 0
-    if isinstance(error, PackageError) and not served:
+    if state.step > 0 or failed.canary_attempts > state.step_attempts:
+        return _return_to_stable(state, Outcome.ROLLED_BACK, f"could not grow to the next share: {_line(error)}")
+    if isinstance(error, PackageError):
         return _return_to_stable(state, Outcome.REFUSED, f"refused before any traffic: {_line(error)}")
-    if not served:
-        return _return_to_stable(state, Outcome.REFUSED, f"never became ready: {_line(error)}")
-    return _return_to_stable(state, Outcome.ROLLED_BACK, f"could not grow to the next share: {_line(error)}")
+    return _return_to_stable(state, Outcome.REFUSED, f"never became ready: {_line(error)}")
 
 
 def _after_look(spec: RolloutSpec, state: State, look: Looked, now_s: float) -> State:
@@ -123,11 +133,13 @@ def _grow(spec: RolloutSpec, state: State, *, step: int, reason: str) -> State:
 
 def _return_to_stable(state: State, outcome: Outcome, reason: str) -> State:
     # Capacity before traffic, on the way back too.
+    return state.with_(phase=Phase.RETURNING, intent=_way_back(state), outcome=outcome, reason=reason)
+
+
+def _way_back(state: State, *, capacity_first: bool = True) -> tuple[Action, ...]:
     back = {state.stable: 1.0}
-    return state.with_(
-        phase=Phase.RETURNING, intent=(EnsureCapacity(back), SetShares(back), Retire(state.canary)),
-        outcome=outcome, reason=reason,
-    )  # fmt: skip
+    capacity, traffic = EnsureCapacity(back), SetShares(back)
+    return (*((capacity, traffic) if capacity_first else (traffic, capacity)), Retire(state.canary))
 
 
 def _line(error: EndcapError) -> str:

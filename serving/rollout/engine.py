@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from endcap.errors import EndcapError, FencedError, InputError, TargetError
+from endcap.errors import EndcapError, FencedError, InputError, StateError, TargetError
 from endcap.evidence import Evidence
+from endcap.files import FolderLock
 from endcap.objectives import Objectives
 from serving.rollout.decide import Acted, ActFailed, Event, Looked, begin, decide
 from serving.rollout.looks import strata
@@ -23,6 +24,9 @@ from serving.rollout.store import RolloutStore
 from serving.targets.base import ModelVersion, Observation, Target
 
 __all__ = ["Clock", "RolloutResult", "SystemClock", "run_rollout"]
+
+_PATIENCE_S = 120.0
+"""How long a target may refuse or not answer at all before the engine ends: longer than capacity takes to come."""
 
 
 class Clock(Protocol):
@@ -64,17 +68,16 @@ def run_rollout(
     ``packages`` says where the packages of versions served before are (by label), so that a way back is always known.
 
     Raises:
-        InputError: the candidate is served already, or what is served now cannot be told.
+        InputError: the candidate is served already, what is served now cannot be told, or the folder's rollout was
+            declared otherwise.
+        BusyError: another engine runs in the folder.
         StateError: a file of the rollout is damaged.
         FencedError: another engine has taken over; nothing more was done here.
+        TargetError: the target did not answer for two minutes; the same call goes on with the rollout.
     """
     ticking = clock or SystemClock()
-    store = RolloutStore(folder)
-    try:
-        engine = _Engine(spec, objectives, candidate, target, store, dict(packages), ticking, on_decision)
-        return engine.run()
-    finally:
-        store.close()
+    with FolderLock(folder), RolloutStore(folder) as store:
+        return _Engine(spec, objectives, candidate, target, store, dict(packages), ticking, on_decision).run()
 
 
 class _Engine:
@@ -90,7 +93,7 @@ class _Engine:
         self._on_decision = on_decision
         self._evidence = Evidence.start(objectives, alpha=spec.alpha, beta=spec.beta)
         self._last: Observation | None = None
-        self._state: State | None = None
+        self._failing_since_s: float | None = None
         self._token = 0
 
     def run(self) -> RolloutResult:
@@ -99,7 +102,7 @@ class _Engine:
             state = self._begin()
         elif state.canary != self._candidate.label:
             raise InputError(f"this folder holds a rollout of version {state.canary}", where=self._store.folder)
-        self._state = state
+        self._store.check_declared(self._spec, self._objectives)
         if state.phase is not Phase.DONE:
             self._token = self._target.acquire(f"rollout {self._spec.name}")
         for seen in self._store.load_looks():
@@ -107,7 +110,7 @@ class _Engine:
         while state.phase is not Phase.DONE:
             state = self._advance(state)
         if state.outcome is None:
-            raise TargetError("the rollout ended with no verdict", where=self._store.state_file)
+            raise StateError("the rollout ended with no verdict", where=self._store.state_file)
         return RolloutResult(
             state.stable, state.canary, state.outcome, state.reason,
             (state.ended_at_s or state.started_at_s) - state.started_at_s,
@@ -121,7 +124,12 @@ class _Engine:
         if len(served) != 1:
             raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
                              next_step="give all of it to one version before a rollout starts")  # fmt: skip
-        state = begin(self._spec, stable=served[0], canary=self._candidate.label, now_s=self._clock.now_s())
+        label = self._candidate.label
+        state = begin(
+            self._spec, stable=served[0], canary=label, canary_attempts=_attempts(seen, label),
+            now_s=self._clock.now_s(),
+        )  # fmt: skip
+        self._store.declare(self._spec, self._objectives)
         self._record(state, "start")
         self._store.save_state(state)
         self._store.add_look(seen)
@@ -129,30 +137,28 @@ class _Engine:
 
     def _advance(self, state: State) -> State:
         if state.intent:
-            try:
-                for action in state.intent:
-                    self._act(action)
-            except FencedError:
-                raise
-            except EndcapError as error:
-                after = self._decided(state, ActFailed(error))
-                if after is state:
-                    self._clock.wait(self._spec.look_s)
-                return after
-            seen = self._look(state)
-            return self._decided(state, Acted(_attempts(seen, state.canary)))
+            return self._try_intent(state)
         self._clock.wait(self._spec.look_s)
-        before = self._last
-        seen = self._look(state)
-        canary_before = _attempts(before, state.canary) if before else 0
-        total_before = sum(_attempts(before, label) for label in before.versions) if before else 0
-        canary_now, total_now = (
-            _attempts(seen, state.canary),
-            sum(_attempts(seen, label) for label in seen.versions),
-        )
-        canary_new = canary_now - canary_before
-        control_new = (total_now - total_before) - canary_new
-        return self._decided(state, Looked(self._evidence, canary_now, canary_new, control_new))
+        canary_before, control_before = self._received(state.canary)
+        self._look(state)
+        canary, control = self._received(state.canary)
+        return self._decided(state, Looked(self._evidence, canary, canary - canary_before, control - control_before))
+
+    def _try_intent(self, state: State) -> State:
+        try:
+            for action in state.intent:
+                self._act(action)
+        except FencedError:
+            raise
+        except EndcapError as error:
+            self._be_patient(error)
+            if state.outcome is not None:
+                self._clock.wait(self._spec.look_s)  # the same way is tried again
+            else:
+                self._look(state)  # did canary get any traffic?
+            return self._decided(state, ActFailed(error, self._received(state.canary)[0]))
+        self._look(state)
+        return self._decided(state, Acted(self._received(state.canary)[0]))
 
     def _decided(self, state: State, event: Event) -> State:
         after = decide(self._spec, state, event, self._clock.now_s())
@@ -161,7 +167,6 @@ class _Engine:
             self._store.save_state(after)
         action = "look" if after is state else ("end" if after.phase is Phase.DONE else after.phase.value)
         self._record(after, action)
-        self._state = after
         return after
 
     def _act(self, action: Action) -> None:
@@ -181,11 +186,31 @@ class _Engine:
             found[ModelVersion(label, self._packages[label])] = share
         return found
 
-    def _look(self, state: State) -> Observation:
-        seen = self._target.observe()
+    def _look(self, state: State) -> None:
+        """One more look; a target that does not answer is no data."""
+        try:
+            seen = self._target.observe()
+        except EndcapError as error:
+            self._be_patient(error)
+            return
+        self._failing_since_s = None
         self._store.add_look(seen)
         self._fold(seen, canary=state.canary)
-        return seen
+
+    def _be_patient(self, error: EndcapError) -> None:
+        """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
+        now_s = self._clock.now_s()
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
+        if now_s - self._failing_since_s > _PATIENCE_S:
+            raise error
+
+    def _received(self, label: str) -> tuple[int, int]:
+        """All attempts so far: of version ``label``, and of all others."""
+        if self._last is None:
+            return 0, 0
+        canary = _attempts(self._last, label)
+        return canary, sum(_attempts(self._last, other) for other in self._last.versions) - canary
 
     def _fold(self, seen: Observation, *, canary: str) -> None:
         if self._last is not None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endcap.errors import CapacityError, FencedError, InputError, StateError, VerificationError
+from endcap.errors import (
+    BusyError,
+    CapacityError,
+    FencedError,
+    InputError,
+    StateError,
+    TargetError,
+    VerificationError,
+)
 from endcap.evidence import Counts, Evidence
-from endcap.files import read_json_lines
+from endcap.files import FolderLock, read_json_lines
 from endcap.objectives import Good, Objective, Objectives
 from serving.rollout.decide import Acted, ActFailed, Event, Looked, begin, decide
 from serving.rollout.engine import RolloutResult, run_rollout
@@ -68,12 +76,17 @@ class SimulatedTarget:
     die_at: tuple[int, str] | None = None
     refuse: Exception | None = None
     refuse_from_share: float = 0.0
+    short_of_stable: bool = False
+    away_at: range = range(0)
+    """Calls, by number, that find nobody."""
 
     def _call(self, when: str) -> None:
         if when == "before":
             self.calls += 1
         if self.die_at == (self.calls, when):
             raise Killed
+        if self.calls in self.away_at:
+            raise TargetError("the target does not answer")
 
     def _fence(self, token: int) -> None:
         if token < self.token:
@@ -88,6 +101,8 @@ class SimulatedTarget:
         self._fence(token)
         if self.refuse and any(v == CANARY and share >= self.refuse_from_share for v, share in shares.items()):
             raise self.refuse
+        if self.short_of_stable and {version.label for version in shares} == {"1"}:
+            raise CapacityError("a zone is lost")
         self.capacity |= {version.label for version in shares}
         self._call("after")
 
@@ -144,8 +159,8 @@ class SimulatedClock:
         return elapsed
 
 
-def roll(folder: Path, target: SimulatedTarget, clock: SimulatedClock) -> RolloutResult:
-    return run_rollout(SPEC, OBJECTIVES, CANARY, target, folder, packages={"1": Path("one")}, clock=clock)
+def roll(folder: Path, target: SimulatedTarget, clock: SimulatedClock, spec: RolloutSpec = SPEC) -> RolloutResult:
+    return run_rollout(spec, OBJECTIVES, CANARY, target, folder, packages={"1": Path("one")}, clock=clock)
 
 
 def start(canary: Behaviour, *, rate: float = 200.0) -> tuple[SimulatedTarget, SimulatedClock]:
@@ -217,18 +232,76 @@ def test_a_version_that_cannot_grow_is_rolled_back_with_the_reason(tmp_path: Pat
 
 @pytest.mark.parametrize("canary", [Behaviour(clicked=0.1), Behaviour(clicked=0.001)], ids=["good", "wrong"])
 def test_killed_at_any_call_it_resumes_to_the_same_end(canary: Behaviour, tmp_path: Path) -> None:
+    spec = replace(SPEC, steps=tuple(Step(share, 100, 1, 120) for share in (0.25, 0.5, 1.0)))
     target, clock = start(canary, rate=1000.0)
-    expected = roll(tmp_path / "whole", target, clock).outcome
+    expected = roll(tmp_path / "whole", target, clock, spec).outcome
     for call in range(1, target.calls + 1):
         for when in ("before", "after"):
             target, clock = start(canary, rate=1000.0)
             target.die_at = (call, when)
             folder = tmp_path / f"{call}-{when}"
             with pytest.raises(Killed):
-                roll(folder, target, clock)
+                roll(folder, target, clock, spec)
             target.die_at = None
-            assert roll(folder, target, clock).outcome is expected, f"killed {when} call {call}"
+            assert roll(folder, target, clock, spec).outcome is expected, f"killed {when} call {call}"
             assert target.capacity == set(target.shares), "tidied after"
+
+
+def test_a_target_that_is_away_for_a_while_costs_looks_and_no_verdict(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1), rate=1000.0)
+    target.away_at = range(5, 10)
+    assert roll(tmp_path, target, clock).outcome is Outcome.PROMOTED
+
+
+def test_a_target_that_is_gone_ends_the_engine_and_the_rollout_is_gone_on_with(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1), rate=1000.0)
+    target.away_at = range(5, 1_000_000)
+    with pytest.raises(TargetError, match="does not answer"):
+        roll(tmp_path, target, clock)
+    assert clock.now_s() < 1_500
+    target.away_at = range(0)
+    assert roll(tmp_path, target, clock).outcome is not None
+    assert target.capacity == set(target.shares)
+
+
+def test_a_wrong_version_loses_its_traffic_even_where_stable_lacks_a_replica(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.001))
+    target.short_of_stable = True
+    with pytest.raises(CapacityError, match="a zone is lost"):
+        roll(tmp_path, target, clock)
+    assert target.shares == {"1": 1.0}
+    target.short_of_stable = False
+    assert roll(tmp_path, target, clock).outcome is Outcome.ROLLED_BACK
+    assert target.capacity == {"1"}
+
+
+def test_one_that_got_traffic_before_it_failed_was_rolled_back_and_not_refused(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.die_at = (3, "after")  # it has its first share; the state still says that it is about to get it
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock)
+    target.die_at, target.refuse = None, CapacityError("0 of 3 nodes are available")
+    clock.wait(10)
+    target.observe()
+    assert "2" in target.shares
+    assert roll(tmp_path, target, clock).outcome is Outcome.ROLLED_BACK
+
+
+def test_one_engine_a_folder(tmp_path: Path) -> None:
+    target, clock = start(Behaviour())
+    with FolderLock(tmp_path), pytest.raises(BusyError):
+        roll(tmp_path, target, clock)
+    assert target.calls == 0
+
+
+def test_a_rollout_is_not_gone_on_with_by_other_rules(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.die_at = (8, "before")
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock)
+    target.die_at = None
+    with pytest.raises(InputError, match="begun with other alpha"):
+        roll(tmp_path, target, clock, replace(SPEC, alpha=0.4))
 
 
 def test_an_engine_that_slept_and_woke_cannot_act(tmp_path: Path) -> None:
@@ -304,6 +377,9 @@ def test_whatever_happens_shares_are_whole_and_promotion_stands_on_a_pass(
                 case Retire("1"):
                     assert state.outcome is Outcome.PROMOTED
                     assert passed
+        if state.phase is Phase.RETURNING:
+            assert SetShares({"1": 1.0}) in state.intent
+            assert state.intent[-1] == Retire("2"), "canary goes last"
         if before.phase is Phase.RETURNING:
             assert state.phase in (Phase.RETURNING, Phase.DONE), "a rollback is never turned round"
         if before.phase is Phase.DONE:

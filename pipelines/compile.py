@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,11 @@ def submit(host: str, arguments: Mapping[str, Any], *, experiment: str = "endcap
     Raises:
         TargetError: the endpoint does not answer, or refuses.
     """
-    client = _client(host, token)
-    with tempfile.TemporaryDirectory() as scratch:
-        compiled = Path(scratch) / "pipeline.yaml"
-        compile_recommender(compiled)
-        try:
-            run = client.create_run_from_pipeline_package(
-                str(compiled), arguments=dict(arguments), experiment_name=experiment
-            )
-        except Exception as error:
-            raise _refused(host, error) from error
-    return str(run.run_id)
+    with _sending(host, token) as (client, compiled):
+        run = client.create_run_from_pipeline_package(
+            compiled, arguments=dict(arguments), experiment_name=experiment
+        )  # fmt: skip
+        return str(run.run_id)
 
 
 def schedule(host: str, arguments: Mapping[str, Any], *, cron: str, name: str, experiment: str = "endcap",
@@ -60,29 +55,27 @@ def schedule(host: str, arguments: Mapping[str, Any], *, cron: str, name: str, e
     Raises:
         TargetError: the endpoint does not answer, or refuses.
     """
-    client = _client(host, token)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _sending(host, token) as (client, compiled):
+        made = client.create_recurring_run(
+            experiment_id=client.create_experiment(experiment).experiment_id, job_name=name,
+            cron_expression=cron, max_concurrency=1, no_catchup=True,
+            pipeline_package_path=compiled, params=dict(arguments),
+        )  # fmt: skip
+        return str(made.recurring_run_id)
+
+
+@contextmanager
+def _sending(host: str, token: str | None) -> Iterator[tuple[Any, str]]:
+    """A client of ``host`` and the compiled pipeline's path; what the client raises becomes our error."""
+    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         compiled = Path(scratch) / "pipeline.yaml"
         compile_recommender(compiled)
-        try:
-            made = client.create_recurring_run(
-                experiment_id=client.create_experiment(experiment).experiment_id, job_name=name,
-                cron_expression=cron, max_concurrency=1, no_catchup=True,
-                pipeline_package_path=str(compiled), params=dict(arguments),
-            )  # fmt: skip
-        except Exception as error:
-            raise _refused(host, error) from error
-    return str(made.recurring_run_id)
-
-
-def _client(host: str, token: str | None) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         import kfp
 
         try:
-            return kfp.Client(host=host, existing_token=token)
-        except Exception as error:
+            yield kfp.Client(host=host, existing_token=token), str(compiled)
+        except Exception as error:  # its exceptions share no base but this
             raise _refused(host, error) from error
 
 

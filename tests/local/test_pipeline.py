@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from components.data import Shop, synthetic_lines
-from endcap.errors import BusyError, DataError, StepError
+from endcap.errors import BusyError, DataError, StepError, TargetError
 from endcap.files import FolderLock, read_json, read_json_lines
 from endcap.package import read_items, verify_package
+from endcap.processes import free_port
 from endcap.registry import Registry, sqlite_uri
-from pipelines.compile import compile_recommender
+from pipelines.compile import compile_recommender, schedule, submit
 from pipelines.run import STEPS, RunConfig, StepEvent, run_recommender
 
 # SQLAlchemy says this of MLflow's own mappings.
@@ -111,6 +113,11 @@ def test_the_run_after_that_resumes_and_goes_through_every_step_to_a_signed_regi
     assert {path.name: path.read_bytes() for path in resolved.iterdir()} == {
         path.name: path.read_bytes() for path in result.package.iterdir()
     }
+    run = next(iter(MlflowClient(tracking_uri=settings.registry_uri).search_runs(["1"])))
+    assert {"knn_share", "seed", "item-knn.neighbours", "transformer.learning_rate"} <= set(run.data.params)
+    assert run.data.metrics["ndcg_at_10"] == pytest.approx(result.evaluation.value(result.evaluation.candidate or ""))
+    assert run.data.tags["data_sha256"] == result.data.sha256
+    assert {path.name for path in (folder / "mlflow" / "artifacts").rglob("*.png")} == {"quality.png", "training.png"}
     shoppers = list(read_json_lines(result.shoppers))
     assert len(shoppers) == 300 and set(shoppers[0]["history"]) <= set(read_items(result.package))
     registry.set_champion("recommender", "1")
@@ -157,3 +164,11 @@ def test_compiled_twice_it_is_the_same_pipeline(tmp_path):
     assert text == (tmp_path / "two.yaml").read_text()
     assert "exec-register-candidate" in text and "triggerPolicy" in text
     assert json.dumps(str(tmp_path)) not in text
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_error():
+    host = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(TargetError, match=host):
+        submit(host, {})
+    with pytest.raises(TargetError, match=host):
+        schedule(host, {}, cron="0 0 4 * * *", name="nightly")

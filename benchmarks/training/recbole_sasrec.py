@@ -7,6 +7,7 @@ history when it ranks for sequential models, which would count against it. And t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from pathlib import Path
@@ -59,8 +60,9 @@ def settings(folder: Path, history: int) -> dict[str, Any]:
 
 def main() -> None:
     contest = Contest.enter("recbole")
-    # Under the folder that the parent made, so that a killed run leaves nothing elsewhere.
-    with tempfile.TemporaryDirectory(dir=contest.out) as name:
+    # Under the folder that the parent made, so that a killed run leaves nothing elsewhere; RecBole itself writes its
+    # logs to wherever it runs.
+    with tempfile.TemporaryDirectory(dir=contest.out) as name, contextlib.chdir(name):
         folder = Path(name)
         write_atomic_files(folder, contest.split)
         _race(contest, folder)

@@ -104,7 +104,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes any free one.
 
     Raises:
-        InputError: the port is in use; the message says which.
+        InputError: the port is in use, or not ours to open; the message says which.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
@@ -114,8 +114,9 @@ def listen(host: str, port: int) -> socket.socket:
         server.listen(2048)
     except OSError as error:
         server.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} is in use", where=host, next_step="choose another --port") from error
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            why = "is in use" if error.errno == errno.EADDRINUSE else "may not be opened"
+            raise InputError(f"port {port} {why}", where=host, next_step="choose another --port (0: any)") from error
         raise from_os_error(error, doing=f"listening on {host}:{port}") from error
     server.setblocking(False)
     return server
@@ -144,8 +145,8 @@ class DrainingServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 date_header=False,
-                # The gateway closes idle connections (after an hour), never we: a request that crosses our
-                # closing of its connection would be lost.
+                # The gateway closes idle connections, never we: a request that crosses our closing of its
+                # connection would be lost.
                 timeout_keep_alive=2 * 3600,
                 timeout_graceful_shutdown=finish_s,
             )

@@ -64,7 +64,7 @@ class Envoy:
         """Start Envoy and wait until it listens. A free port, once taken, is kept over restarts.
 
         Raises:
-            TargetError: it ended, with its own last words, or did not listen in time.
+            TargetError: it ended, with its own last words, or did not listen in time. No process is left then.
         """
         settings = self.settings
         settings.records.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,18 @@ class Envoy:
             "--log-level", "warning", "--file-flush-interval-msec", str(self._flush_ms),
             "--admin-address-path", str(address_file), "--drain-time-s", "2",
         ]  # fmt: skip
-        self._process = spawn(argv, log=self._log, leash=True)
+        process = self._process = spawn(argv, log=self._log, leash=True)
+        try:
+            await self._until_ready(process, address_file, deadline_s)
+            self.settings = replace(settings, port=await self.admin.port())
+        except BaseException:
+            await asyncio.to_thread(stop, process, grace_s=1.0)
+            raise
+
+    async def _until_ready(self, process: subprocess.Popen[bytes], address_file: Path, deadline_s: float) -> None:
         ends_at = time.monotonic() + deadline_s
         while True:
-            if self._process.poll() is not None:
+            if process.poll() is not None:
                 raise TargetError(f"the gateway ended at its start: {_last_words(self._log)}", where=self._log)
             address = address_file.read_text().strip() if address_file.exists() else ""
             if address:
@@ -90,11 +98,10 @@ class Envoy:
                     await self._close_admin()
                     self._admin = AdminClient(f"http://{address}")
                 if await self._admin.ready():
-                    break
+                    return
             if time.monotonic() > ends_at:
                 raise TargetError(f"the gateway was not ready after {deadline_s:g} s", where=self._log)
             await asyncio.sleep(_POLL_S)
-        self.settings = replace(settings, port=await self.admin.port())
 
     async def set_routes(self, weights: Mapping[str, int], *, deadline_s: float = 5.0) -> None:
         """Put weights in force, in their order; returns when Envoy has taken them.

@@ -69,7 +69,7 @@ class GatewaySettings:
     ejection_s: float = 2.0
     max_ejection_s: float = 10.0
     upstream_idle_s: float = 3.0
-    """Shorter than any model server's keep-alive (uvicorn: 5 s), so that a server never closes a connection
+    """Shorter than any model server's keep-alive (uvicorn's default: 5 s), so that a server never closes a connection
     under a request, which would count as a failed attempt of its version."""
     version_header: str = "x-endcap-version"
 

@@ -53,7 +53,7 @@ class Collector:
         self._log = config.folder / "logs" / "feedback.log"
         self._client = httpx.AsyncClient(trust_env=False, timeout=1.0)
         self._process: subprocess.Popen[bytes] | None = None
-        self._evidence = _Evidence()
+        self._evidence: _Evidence | None = None
         self.at: Endpoint | None = None
 
     @property
@@ -114,14 +114,22 @@ class Collector:
                 log.error("%s", error)
 
     async def evidence(self) -> Mapping[str, VersionEvidence]:
-        """Counts by version since the collector's database was made: while it is away, the last ones still hold."""
-        if self.url is not None:
-            try:
-                response = await self._client.get(f"{self.url}/v1/evidence")
-                response.raise_for_status()
-                self._evidence = _Evidence.model_validate_json(response.content)
-            except (httpx.HTTPError, ValidationError) as error:
-                log.warning("no evidence from the feedback collector: %r", error)
+        """Counts by version since the collector's database was made: while it is away, the last ones still hold.
+
+        Raises:
+            TargetError: it is away and there are no last ones; counts of zero would make all that was counted before
+                look new when it is back.
+        """
+        if self.url is None:
+            return {}
+        try:
+            response = await self._client.get(f"{self.url}/v1/evidence")
+            response.raise_for_status()
+            self._evidence = _Evidence.model_validate_json(response.content)
+        except (httpx.HTTPError, ValidationError) as error:
+            log.warning("no evidence from the feedback collector: %r", error)
+            if self._evidence is None:
+                raise TargetError("the feedback collector does not answer", where=self._log) from error
         return self._evidence.versions
 
     async def stop(self) -> None:

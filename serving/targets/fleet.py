@@ -122,16 +122,21 @@ class Fleet:
     def add(self, version: ModelVersion, per_zone: int) -> list[Slot]:
         """Slots for ``per_zone`` replicas in each zone; returns those that are new. Never takes one away.
 
-        Zones alternate, so that each has its first replica before any has its second.
+        Zones alternate, so that each has its first replica before any has its second. One that refused its package
+        before is tried again.
         """
         new = []
         for index in range(per_zone):
             for zone in self._config.zones:
                 key = (version.label, zone, index)
-                if key not in self.slots:
+                slot = self.slots.get(key)
+                if slot is None:
                     slot = self.slots[key] = Slot(version, zone, index)
-                    slot.task = asyncio.create_task(self._keep(slot), name=f"replica {slot.name}")
                     new.append(slot)
+                elif slot.phase is not Phase.REFUSED:
+                    continue
+                slot.phase, slot.failed_starts = Phase.WAITING, 0
+                slot.task = asyncio.create_task(self._keep(slot), name=f"replica {slot.name}")
         return new
 
     async def remove(self, slots: Iterable[Slot]) -> None:

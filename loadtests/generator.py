@@ -5,8 +5,6 @@ Everything here runs in the load's process only: Locust and gevent stay out of e
 
 from __future__ import annotations
 
-import base64
-import binascii
 import gc
 import random
 import resource
@@ -32,6 +30,7 @@ from loadtests.recording import Progress, RequestWriter
 from loadtests.schedule import Stage, arrivals, validate_stages
 from loadtests.shoppers import Shopper, read_shoppers, replay
 from loadtests.summary import SATURATED, summarise
+from serving import impressions
 
 __all__ = ["PROGRESS_FILE", "Session", "ShopperTraffic", "run_load"]
 
@@ -201,7 +200,7 @@ class Session:
                     document = orjson.loads(answer.body)
                     version, fallback = str(document["version"]), document.get("fallback")
                     token = document.get("impression")
-                    impression = _impression_id(token)
+                    impression = None if token is None else impressions.id_in_clear(token)
                     clicked = shopper.next_item is not None and shopper.next_item in document["items"]
                 except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
                     # A 200 that cannot be read is no answer to the shopper.
@@ -276,17 +275,6 @@ class Session:
                 return
             ticks += 1
             gevent.sleep(0.2)
-
-
-def _impression_id(token: str | None) -> str | None:
-    """The impression's ID, which stands in clear in bytes 1 to 16 of its token (serving/impressions.py)."""
-    if not isinstance(token, str):
-        return None
-    try:
-        raw = base64.urlsafe_b64decode(token[:24])
-    except (binascii.Error, ValueError):
-        return None
-    return raw[1:17].hex() if len(raw) > 17 else None
 
 
 def _raise_open_files(connections: int) -> None:

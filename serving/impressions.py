@@ -26,7 +26,7 @@ from pathlib import Path
 from endcap.errors import InputError, from_os_error
 from endcap.files import write_atomic
 
-__all__ = ["MAX_TOKEN_CHARS", "Impression", "ensure_key", "mint", "read", "read_key"]
+__all__ = ["MAX_TOKEN_CHARS", "Impression", "ensure_key", "id_in_clear", "mint", "read", "read_key"]
 
 MAX_TOKEN_CHARS = 300
 _FORMAT = 1
@@ -79,6 +79,19 @@ def read(key: bytes, token: str) -> Impression:
         raise InputError("an impression token of an unknown format",
                          next_step="run the same release of endcap everywhere")  # fmt: skip
     return Impression(identity.hex(), version, shopper_hash.hex(), issued_at_us / 1e6)
+
+
+def id_in_clear(token: str) -> str | None:
+    """The impression id that a token bears, for those who do not hold the key; None where it is no token at all.
+
+    Nothing is verified: good for joining records, never for counting.
+    """
+    try:
+        raw = base64.b64decode(token[:24], altchars=b"-_", validate=True)  # 18 bytes: the format and the id are 17
+        form, identity = struct.unpack_from("!B16s", raw)
+    except (binascii.Error, ValueError, struct.error):
+        return None
+    return identity.hex() if form == _FORMAT else None
 
 
 def _encode(raw: bytes) -> str:

@@ -22,6 +22,7 @@ def test_what_was_minted_is_read_back(version: str, shopper: str, now_s: float) 
     identity, token = impressions.mint(KEY, version=version, shopper=shopper, now_s=now_s)
     impression = impressions.read(KEY, token)
     assert (impression.id, impression.version) == (identity, version)
+    assert impressions.id_in_clear(token) == identity
     assert abs(impression.issued_at_s - now_s) < 1e-6 * max(1.0, now_s / 1e9)
     assert len(token) < 300
     assert token.isascii()
@@ -43,6 +44,12 @@ def test_one_changed_bit_is_refused(place: int, bit: int) -> None:
     raw[place % len(raw)] ^= 1 << bit
     with pytest.raises(InputError):
         impressions.read(KEY, raw.decode("latin-1"))
+
+
+@given(st.text(max_size=40))
+def test_the_id_in_clear_of_any_text_is_an_id_or_none(text: str) -> None:
+    found = impressions.id_in_clear(text)
+    assert found is None or len(found) == 32
 
 
 @given(st.one_of(st.text(max_size=400), st.binary(max_size=220).map(lambda raw: raw.hex())))

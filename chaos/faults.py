@@ -125,17 +125,21 @@ class _Stopped:
                 append_fault(self._records, FaultRecord(at_s, self._drill, HANG, "injected", subject_of(replica)))
 
     def revert(self) -> None:
+        # All of them first: a record that finds no space must keep none of them stopped.
+        reverted = []
         for handle, replica in self._handles:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signal.SIGCONT)
-            append_fault(self._records, FaultRecord(time.time(), self._drill, HANG, "reverted", subject_of(replica)))
             os.close(handle)
+            reverted.append(FaultRecord(time.time(), self._drill, HANG, "reverted", subject_of(replica)))
         self._handles = []
         if self._guard.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._guard.stdin.write(b"done\n")
                 self._guard.stdin.close()
         self._guard.wait()
+        for record in reverted:
+            append_fault(self._records, record)
 
 
 _in_force: list[_Stopped] = []

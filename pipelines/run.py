@@ -36,6 +36,7 @@ STEPS = ("ingest", "split", "train", "evaluate", "compare", "export", "compress"
 """In order; those after ``compare`` run only where the gate passes."""
 
 _POLL_S = 0.1
+_FULL_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,10 @@ def _raise_failure(seen: list[StepEvent], code: int, log: Path) -> None:
         ended = {event.step for event in seen if event.event == "finished"}
         cut = [name for name in running if name not in ended]
         where = f"step {cut[-1]}" if cut else "the pipeline"
+        if shutil.disk_usage(log.parent).free < _FULL_BYTES:
+            # Then there was no room for a step's own word either.
+            raise StepError("no space left on the disk", where=where,
+                            next_step="free some space, then run the same command again")  # fmt: skip
         problem = f"ended without a word (killed?), code {code}" if cut else f"could not be run, code {code}"
         raise StepError(problem, where=where, next_step=f"see {log}, then run it again")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +46,12 @@ def test_a_step_that_was_killed_is_named(told: Path):
         _raise_failure([StepEvent(1.0, "train", "started")], 1, told)
     with pytest.raises(StepError, match="the pipeline: could not be run"):
         _raise_failure([], 1, told)
+
+
+def test_a_disk_too_full_for_a_last_word_is_told_as_such(told: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(StepError, match="step train: no space left"):
+        _raise_failure([StepEvent(1.0, "train", "started")], 1, told)
 
 
 def test_a_step_that_ends_well_says_what_it_made(told: Path):

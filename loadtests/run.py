@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from endcap.errors import EndcapError, OutcomeError, TargetError
+from endcap.errors import EndcapError, OutcomeError, StorageError, TargetError
 from endcap.files import read_json, write_json
 from endcap.processes import bind_to_parent, spawn, stop
 from loadtests.config import LoadConfig, LoadSummary, Threshold
@@ -24,6 +25,7 @@ from loadtests.config import LoadConfig, LoadSummary, Threshold
 __all__ = ["LoadConfig", "LoadProcess", "LoadSummary", "config_from_argv", "start_load"]
 
 _STOP_S = 15.0
+_ROOM_TO_SAY_WHY = 64 << 10
 TARGET_VARIABLE = "ENDCAP_TARGET"
 
 
@@ -94,6 +96,9 @@ class LoadProcess:
         if self.running():
             raise EndcapError("the load still runs", where=self.log)
         if not self._summary.exists():
+            if shutil.disk_usage(self.config.out).free < _ROOM_TO_SAY_WHY:
+                raise StorageError("no space left while the load kept its records", where=self.config.out,
+                                   next_step="free some space, then run the same command again")  # fmt: skip
             raise EndcapError(f"the load ended with code {self._process.returncode} and no summary",
                               where=self.log, next_step="read the end of that log")  # fmt: skip
         document = read_json(self._summary)

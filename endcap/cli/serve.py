@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
+import shlex
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from endcap.cli.console import Console
 from endcap.cli.options import JsonOption, TargetOption
-from endcap.errors import TargetError
+from endcap.errors import InputError, PackageError, TargetError
+
+if TYPE_CHECKING:
+    from serving.targets.config import Kept
 
 app = typer.Typer(no_args_is_help=True, help="Serve a model version on this machine.")
 
@@ -24,21 +29,23 @@ def up(
     public_key: Annotated[Path, typer.Option(help="Key that the package must be signed with.")],
     folder: Annotated[Path, typer.Option(help="Folder for the target's own files.")] = Path("out/target"),
     label: Annotated[str, typer.Option(help="Label of this model version.")] = "1",
-    port: Annotated[int, typer.Option(help="Port of the gateway; 0 takes any free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the gateway; 0 takes any free one.")] = 0,
     objectives: Annotated[Path | None, typer.Option(help="Objectives file (latency thresholds, click window).")] = None,
 ) -> None:
-    """Serve a package until Ctrl-C or SIGTERM."""
+    """Serve a package until Ctrl-C or SIGTERM. A folder that served before goes on with what it served."""
     from endcap.objectives import load_objectives
     from serving.targets import StableVersion, SupervisorConfig, start_local_target
+    from serving.targets.config import read_state
 
     console = Console()
     declared = load_objectives(objectives) if objectives else None
-    folder = folder.absolute()
+    folder, package = folder.absolute(), package.absolute()
+    _check(package, label, read_state(folder), folder)
     config = SupervisorConfig(
         folder=folder,
         records=folder / "records",
         public_key=public_key.absolute(),
-        stable=StableVersion(label=label, package=package.absolute()),
+        stable=StableVersion(label=label, package=package),
         thresholds_ms=declared.latency_thresholds_ms if declared else (100,),
         window_s=(declared.click_window_s if declared else None) or 10.0,
         gateway_port=port,
@@ -46,11 +53,35 @@ def up(
     with console.task("starting replicas and gateway"):
         target = start_local_target(config)
     with target:
-        console.good(f"version {label} is served at {target.url}/v1/recommend")
-        console.say(f"  export ENDCAP_TARGET={folder}")
+        served = " and ".join(f"version {served}" for served, share in target.observe().shares.items() if share > 0)
+        console.good(f"{served} is served at {target.url}/v1/recommend")
+        console.say(f"  export ENDCAP_TARGET={shlex.quote(str(folder))}")
         with contextlib.suppress(KeyboardInterrupt):
-            _wait_for_end(target.found.pid)
-            raise TargetError("the target ended by itself", where=folder / "logs" / "supervisor.log")
+            if target.wait() != 0:
+                raise TargetError("the target ended by itself", where=folder / "logs" / "supervisor.log",
+                                  next_step="see the end of that log, then start it again")  # fmt: skip
+            console.good("ended by `endcap serve down`, or by a signal to the target")
+
+
+def _check(package: Path, label: str, kept: Kept | None, folder: Path) -> None:
+    """A target resumes with what it served before, which must not be taken for the package that is asked for."""
+    from serving.targets.config import LABEL
+
+    if re.fullmatch(LABEL, label) is None:
+        raise InputError(f"{label!r} is no label", where="--label", next_step="use letters, digits, dashes, dots")
+    if not package.is_dir():
+        raise PackageError("no such package folder", where=package)
+    if kept is None or not kept.versions:
+        return
+    shares = dict(kept.shares)
+    before = [version for version in kept.versions if shares.get(version.label, 0) > 0]
+    if package not in {version.package for version in before}:
+        served = ", ".join(f"version {version.label} from {version.package}" for version in before) or "nothing"
+        raise InputError(
+            f"it served {served}, and would again, not {package}", where=folder,
+            next_step="choose another --folder, or start it with what it served and roll the other out: "
+            "endcap rollout start",
+        )  # fmt: skip
 
 
 @app.command()

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -69,7 +70,7 @@ def sign_package(folder: Path, private_key: Path) -> Path:
     signature = folder / SIGNATURE_FILE
     try:
         model_signing.signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(
-            _hashing(signature)
+            _hashing()
         ).sign(folder, signature)
     except (ValueError, OSError, TypeError) as error:
         raise PackageError(f"could not sign: {error}", where=folder) from error
@@ -94,8 +95,14 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
     if not public_key.is_file():
         raise VerificationError("no public key to verify with", where=public_key)
     try:
+        serialization.load_pem_public_key(public_key.read_bytes())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise VerificationError(
+            "not a public key in PEM form", where=public_key, next_step=f"give the signer's {PUBLIC_KEY_FILE}"
+        ) from error
+    try:
         model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(
-            _hashing(signature)
+            _hashing()
         ).verify(folder, signature)
     except Exception as error:
         raise VerificationError(
@@ -108,10 +115,11 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
     return manifest
 
 
-def _hashing(signature: Path) -> Any:
+def _hashing() -> Any:
     import model_signing
 
-    return model_signing.hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=False)
+    # Relative to the package, whatever folder this process runs in.
+    return model_signing.hashing.Config().set_ignored_paths(paths=[SIGNATURE_FILE], ignore_git_paths=False)
 
 
 def _reason(error: Exception) -> str:

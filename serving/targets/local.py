@@ -127,6 +127,12 @@ class LocalTarget:
         """Let go of the connection; the target goes on."""
         self._client.close()
 
+    def wait(self) -> int:
+        """Wait for the supervisor that this object started to end, and return its exit code."""
+        if self._process is None:
+            raise TargetError("this process did not start the target", where=self.folder)
+        return self._process.wait()
+
     def stop(self, *, grace_s: float = 20.0) -> None:
         """End the supervisor that this object started, and with it everything it owns."""
         self.close()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endcap.errors import InputError
+from endcap.errors import EndcapError, InputError, StorageError
 from endcap.evidence import Counts
 from endcap.objectives import Good, Objective, Objectives
 from endcap.outcomes import ObjectiveOutcome, judge_requests
 from endcap.records import RequestRecord
 from loadtests.config import LoadConfig, gateway_url
-from loadtests.run import config_from_argv
+from loadtests.run import LoadProcess, config_from_argv
 from loadtests.schedule import Stage, arrivals
 from loadtests.shoppers import read_shoppers, replay
 from loadtests.summary import SATURATED, percentile, summarise
@@ -179,3 +181,17 @@ def test_the_gateway_is_found_by_the_targets_folder(tmp_path: Path) -> None:
     assert gateway_url(config) == "http://127.0.0.1:8080"
     with pytest.raises(InputError, match="no target given"):
         gateway_url(LoadConfig(shoppers=tmp_path, out=tmp_path))
+
+
+def test_a_load_that_a_full_disk_ended_without_a_word_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen(["false"]) as process:
+        process.wait()
+        config = LoadConfig(shoppers=tmp_path / "shoppers.jsonl", out=tmp_path)
+        load = LoadProcess(config, process, tmp_path / "load-summary.json", tmp_path / "load.log")
+        with pytest.raises(EndcapError, match="ended with code 1 and no summary"):
+            load.summary()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+        with pytest.raises(StorageError, match="no space left"):
+            load.summary()

@@ -276,6 +276,21 @@ def test_an_extra_file_a_link_and_another_key_are_refused(package: Path, tmp_pat
     verify_package(package, public)
 
 
+def test_a_package_can_be_signed_anew_by_a_path_relative_to_where_one_is(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sign_package(Path("package"), Path("keys/signing.key"))
+    assert verify_package(Path("package"), Path("keys/signing.pub")).name == "shop"
+    assert verify_package(package, tmp_path / "keys" / "signing.pub").name == "shop"
+
+
+def test_a_file_that_is_no_public_key_is_not_blamed_on_the_package(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.pub").write_text("ssh-ed25519 AAAA somebody")
+    with pytest.raises(VerificationError, match=r"wrong\.pub: not a public key in PEM form"):
+        verify_package(package, tmp_path / "wrong.pub")
+
+
 def test_the_signing_key_is_readable_by_its_owner_alone_and_is_kept(tmp_path: Path) -> None:
     private, public = ensure_signing_key(tmp_path / "keys")
     assert private.stat().st_mode & 0o777 == 0o600

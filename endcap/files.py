@@ -93,6 +93,7 @@ class JsonLines:
         try:
             written = self._file.write(line)
             if written != len(line):
+                os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
                 raise OSError(28, os.strerror(28), str(self.path))
             if self._sync:
                 os.fsync(self._file.fileno())
@@ -177,7 +178,7 @@ class FolderLock:
             holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
             os.close(handle)
             raise BusyError(f"in use by process {holder}", where=self.path.parent,
-                            next_step="wait for it to end, or choose another folder (--out)") from error  # fmt: skip
+                            next_step="wait for it to end, or choose another folder") from error  # fmt: skip
         with contextlib.suppress(OSError):
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from endcap.cli.console import Console
-from endcap.cli.options import JsonOption, RegistryOption
+from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption
 from endcap.cli.registries import open_registry
 
 app = typer.Typer(no_args_is_help=True, help="Model packages and the registry that keeps them.")
@@ -19,7 +19,7 @@ NameArgument = Annotated[str, typer.Argument(help="The model's name.")]
 
 @app.command("list")
 def list_versions(
-    name: NameArgument = "recommender", registry: RegistryOption = "out/demo/mlflow", json_output: JsonOption = False
+    name: NameArgument = "recommender", registry: RegistryOption = DEFAULT_REGISTRY, json_output: JsonOption = False
 ) -> None:
     """All versions of a model, newest first."""
     console = Console(json_output=json_output)
@@ -47,7 +47,7 @@ def list_versions(
 def champion(
     name: NameArgument = "recommender",
     set_version: Annotated[str | None, typer.Option("--set", help="Make this version the champion.")] = None,
-    registry: RegistryOption = "out/demo/mlflow",
+    registry: RegistryOption = DEFAULT_REGISTRY,
     json_output: JsonOption = False,
 ) -> None:
     """Say, or set, which version is the champion."""
@@ -64,7 +64,7 @@ def champion(
 def fetch(
     reference: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")],
     out: Annotated[Path, typer.Option(help="Folder for the package.")],
-    registry: RegistryOption = "out/demo/mlflow",
+    registry: RegistryOption = DEFAULT_REGISTRY,
     json_output: JsonOption = False,
 ) -> None:
     """Copy a version's package out of the registry, whole or not at all."""

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["JsonOption", "RegistryOption", "TargetOption"]
+__all__ = ["DEFAULT_REGISTRY", "JsonOption", "RegistryOption", "TargetOption"]
+
+DEFAULT_REGISTRY = "out/mlflow"
+"""Where `endcap pipeline run` registers and all other commands look. A demo keeps its own in its folder."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="End with one JSON document on standard output.")]
 TargetOption = Annotated[

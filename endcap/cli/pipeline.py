@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from endcap.cli.console import Console, Task
-from endcap.cli.options import JsonOption, RegistryOption
+from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption
 from endcap.errors import OutcomeError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(
     ] = False,
     name: Annotated[str, typer.Option(help="Name of the registered model.")] = "recommender",
     keys: Annotated[Path, typer.Option(help="Folder of the signing key; made on first use.")] = Path("out/keys"),
-    registry: RegistryOption = "out/mlflow",
+    registry: RegistryOption = DEFAULT_REGISTRY,
     json_output: JsonOption = False,
 ) -> None:
     """Run the pipeline on this machine. Exits 4 when the gate does not let the candidate through."""

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from endcap.cli.console import Console, Task
 from endcap.evidence import Evidence
-from endcap.files import FolderLock
+from endcap.files import FolderLock, read_json
 from endcap.objectives import Objectives
 from serving.rollout.engine import RolloutResult, run_rollout
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Phase, State
 from serving.targets import LocalTarget, ModelVersion
 
-__all__ = ["resolve_candidate", "roll_out"]
+__all__ = ["has_ended", "resolve_candidate", "roll_out"]
 
 
 def resolve_candidate(uri: str, registry: str) -> ModelVersion:
@@ -22,6 +22,12 @@ def resolve_candidate(uri: str, registry: str) -> ModelVersion:
 
     version = open_registry(registry).resolve(uri)
     return ModelVersion(version.version, version.package)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a folder holds a rollout that came to its end."""
+    path = folder / "state.json"
+    return path.exists() and State.from_json(read_json(path), where=path).phase is Phase.DONE
 
 
 def roll_out(

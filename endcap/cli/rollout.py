@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from endcap.cli.console import Console
-from endcap.cli.options import JsonOption, RegistryOption, TargetOption
+from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption, TargetOption
 from endcap.errors import InputError, OutcomeError
 
 app = typer.Typer(no_args_is_help=True, help="Roll out a model version, decided by evidence.")
@@ -19,17 +19,23 @@ app = typer.Typer(no_args_is_help=True, help="Roll out a model version, decided 
 def start(
     file: Annotated[Path, typer.Argument(help="File with a Rollout document.")],
     objectives: Annotated[Path, typer.Option(help="File with the service's Objectives document.")],
-    folder: Annotated[Path, typer.Option(help="Folder for state, looks and decisions; resumed when it holds some.")],
+    folder: Annotated[
+        Path,
+        typer.Option(help="Folder of this rollout; one that was cut off is gone on with, one that ended stays so."),
+    ],
     target: TargetOption = None,
-    registry: RegistryOption = "out/mlflow",
+    registry: RegistryOption = DEFAULT_REGISTRY,
     package: Annotated[
         Path | None, typer.Option(help="The candidate's package, where no registry is at hand (with --label).")
     ] = None,
     label: Annotated[str, typer.Option(help="Label of the version in --package.")] = "candidate",
     json_output: JsonOption = False,
 ) -> None:
-    """Start a rollout, or go on with one that was cut off. Exits 4 when it ends in anything but a promotion."""
-    from endcap.cli.rolling import resolve_candidate, roll_out
+    """Start a rollout, or go on with one that was cut off. Exits 4 when it ends in anything but a promotion.
+
+    The candidate, models:/NAME/VERSION, is fetched from the registry.
+    """
+    from endcap.cli.rolling import has_ended, resolve_candidate, roll_out
     from endcap.objectives import load_objectives
     from serving.rollout.spec import load_rollout
     from serving.targets import ModelVersion, open_target
@@ -44,6 +50,8 @@ def start(
     else:
         candidate = resolve_candidate(spec.candidate, registry)
     running = open_target(target)
+    if has_ended(folder):
+        console.say("  this rollout has ended; to roll the version out again choose another --folder", style="yellow")
     result = roll_out(console, spec, declared, candidate, running, folder)
     console.result({"from": result.stable, "to": result.canary, "verdict": result.outcome,
                     "reason": result.reason, "seconds": round(result.seconds, 3)})  # fmt: skip

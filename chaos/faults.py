@@ -26,7 +26,6 @@ KILL = "replica killed (SIGKILL)"
 HANG = "zone hangs (SIGSTOP)"
 GUARD_DEADLINE_S = 300.0
 _GUARD = Path(__file__).with_name("guard.py")
-_GUARD_READY_S = 10.0
 
 
 def subject_of(replica: Replica) -> str:

@@ -36,17 +36,14 @@ __all__ = [
     "TargetEvent",
     "TargetEventKind",
     "append_fault",
-    "append_target_event",
     "convert_requests",
     "is_failure",
     "leftover_request_files",
     "lock_request_file",
-    "read_access",
     "read_access_since",
     "read_attempts",
     "read_faults",
     "read_request_lines",
-    "read_request_table",
     "read_requests",
     "read_target_events",
     "request_schema",
@@ -176,12 +173,6 @@ def append_fault(folder: Path, record: FaultRecord) -> None:
         lines.append(asdict(record))
 
 
-def append_target_event(folder: Path, record: TargetEvent) -> None:
-    """Append to ``target.jsonl`` of a records folder."""
-    with JsonLines(folder / TARGET_FILE) as lines:
-        lines.append(asdict(record))
-
-
 def read_faults(folder: Path) -> list[FaultRecord]:
     """All faults of a records folder in the order of time; empty when there is no file."""
     return sorted(_read(folder / FAULTS_FILE, _fault), key=lambda record: record.at_s)
@@ -190,11 +181,6 @@ def read_faults(folder: Path) -> list[FaultRecord]:
 def read_target_events(folder: Path) -> list[TargetEvent]:
     """All target events of a records folder in the order of time; empty when there is no file."""
     return sorted(_read(folder / TARGET_FILE, _target_event), key=lambda record: record.at_s)
-
-
-def read_access(folder: Path) -> list[GatewayRecord]:
-    """Envoy's downstream log in file order (an outcome is logged when it ends)."""
-    return list(_read(folder / ACCESS_FILE, _gateway))
 
 
 def read_access_since(path: Path, since_s: float) -> list[GatewayRecord]:
@@ -374,13 +360,6 @@ def read_requests(folder: Path) -> list[RequestRecord]:
     if path.exists():
         records.update((record.request_id, record) for record in _from_table(_table(path)))
     return sorted(records.values(), key=lambda record: (record.intended_s, record.request_id))
-
-
-def read_request_table(folder: Path) -> pa.Table:
-    """``requests.parquet`` as a table of :func:`request_schema` (converted first if need be)."""
-    convert_requests(folder)
-    path = folder / REQUESTS_FILE
-    return _table(path) if path.exists() else request_schema().empty_table()
 
 
 def _table(path: Path) -> pa.Table:

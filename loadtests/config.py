@@ -8,9 +8,7 @@ from pathlib import Path
 from endcap.errors import InputError, TargetError
 from endcap.files import read_json
 
-__all__ = ["MAX_RATE_RPS", "LoadConfig", "LoadSummary", "Threshold", "gateway_url"]
-
-MAX_RATE_RPS = 100_000
+__all__ = ["LoadConfig", "LoadSummary", "Threshold", "gateway_url"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

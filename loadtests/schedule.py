@@ -15,6 +15,8 @@ from endcap.errors import InputError
 
 __all__ = ["Stage", "arrivals", "validate_stages"]
 
+_MAX_RATE_RPS = 100_000
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -29,9 +31,9 @@ def validate_stages(stages: Sequence[Stage]) -> None:
     if not stages:
         raise InputError("a load needs at least one stage")
     for number, stage in enumerate(stages, 1):
-        if not 0 <= stage.rate_rps <= 100_000:
+        if not 0 <= stage.rate_rps <= _MAX_RATE_RPS:
             raise InputError(f"the rate of stage {number} is {stage.rate_rps:g} requests/s",
-                             next_step="give a rate between 0 and 100000")  # fmt: skip
+                             next_step=f"give a rate between 0 and {_MAX_RATE_RPS}")  # fmt: skip
         if stage.duration_s is None and number < len(stages):
             raise InputError(f"stage {number} has no end, and others follow it")
         if stage.duration_s is not None and not stage.duration_s > 0:

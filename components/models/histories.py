@@ -7,13 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PADDING", "IntArray", "batches_by_length", "pad_left"]
-
-PADDING = 0
-"""The item index that means "nothing here"."""
-
-IntArray = NDArray[np.int32]
-"""Item indices."""
+__all__ = ["batches_by_length", "pad_left"]
 
 
 def pad_left(sequences: Sequence[NDArray[np.integer]], length: int | None = None) -> NDArray[np.int64]:

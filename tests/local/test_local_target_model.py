@@ -12,6 +12,7 @@ import pytest
 
 from endcap.errors import VerificationError
 from serving.targets import LocalTarget, ModelVersion, StableVersion, SupervisorConfig, start_local_target
+from tests.kserve_client import ask
 from tests.local.load import eventually
 from tests.packages import make_package
 
@@ -26,7 +27,7 @@ def target(folder: Path) -> Iterator[LocalTarget]:
     package = make_package(folder / "1")
     config = SupervisorConfig(
         folder=folder / "target", records=folder / "records", public_key=folder / "keys" / "signing.pub",
-        stable=StableVersion(label="1", package=package), thresholds_ms=(100,), window_s=1.0, replicas_full=1,
+        stable=StableVersion(label="1", package=package), thresholds_ms=(100,), window_s=3.0, replicas_full=1,
     )  # fmt: skip
     with start_local_target(config) as started:
         yield started
@@ -54,6 +55,13 @@ def test_clicks_are_counted_for_the_version_that_was_shown(target: LocalTarget) 
     eventually(lambda: target.observe().versions["1"].impressions.total == 2, what="both windows are closed")
     seen = target.observe().versions["1"]
     assert (seen.impressions.good, seen.impressions_open) == (1, 0)
+
+
+def test_the_kserve_client_passes_through_the_gateway(target: LocalTarget) -> None:
+    found = ask(target.url)
+    assert (found.live, found.ready, found.model_ready, found.other_ready) == (True, True, True, False)
+    assert (found.answer.id, found.answer.model_name) == ("q", "recommender")
+    assert found.answer.outputs[0].as_numpy()[:, 0].tolist() == [3, 6]
 
 
 def test_the_collector_s_death_loses_no_feedback(target: LocalTarget) -> None:

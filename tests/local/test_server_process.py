@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from endcap.processes import free_port
 from serving import impressions
+from tests.kserve_client import ask
 from tests.packages import ITEMS, make_package
 from tests.process import Program, run_to_end, started, wait_until
 
@@ -90,27 +89,10 @@ def test_bytes_that_are_no_http_do_not_harm(server: Program) -> None:
 
 
 def test_the_kserve_client_passes(server: Program) -> None:
-    from kserve import InferInput, InferRequest  # type: ignore[import-untyped]
-    from kserve.inference_client import InferenceRESTClient, RESTConfig  # type: ignore[import-untyped]
-
-    async def talk() -> tuple[Any, ...]:
-        async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
-            tensor = InferInput("history", [2, 3], "INT64", data=[[0, 1, 2], [3, 4, 5]])
-            answer = await client.infer(
-                server.url, InferRequest("recommender", [tensor], request_id="q"), model_name="recommender"
-            )
-            return (
-                await client.is_server_live(server.url),
-                await client.is_server_ready(server.url),
-                await client.is_model_ready(server.url, "recommender"),
-                await client.is_model_ready(server.url, "other"),
-                answer,
-            )
-
-    live, ready, model_ready, other_ready, answer = asyncio.run(talk())
-    assert (live, ready, model_ready, other_ready) == (True, True, True, False)
-    assert (answer.id, answer.model_name) == ("q", "recommender")
-    items, scores = answer.outputs
+    found = ask(server.url)
+    assert (found.live, found.ready, found.model_ready, found.other_ready) == (True, True, True, False)
+    assert (found.answer.id, found.answer.model_name) == ("q", "recommender")
+    items, scores = found.answer.outputs
     assert (items.name, items.shape, items.as_numpy()[:, 0].tolist()) == ("items", [2, 20], [3, 6])
     assert (scores.name, scores.datatype) == ("scores", "FP32")
 

@@ -36,6 +36,9 @@ from serving.targets.wire import (
 __all__ = ["TARGET_VARIABLE", "LocalTarget", "Replica", "open_target", "start_local_target"]
 
 TARGET_VARIABLE = "ENDCAP_TARGET"
+_ANSWER_S = 30.0
+_REPLICAS_S = 600.0
+"""The supervisor answers when replicas have come or gone, and has the deadline for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,10 @@ class LocalTarget:
         self.folder = folder
         self.found = found
         self._process = process
-        # ensure_capacity answers when it is done, however long its replicas take; the supervisor has the deadline.
         self._client = httpx.Client(
             base_url=found.control_url,
             headers={"authorization": f"Bearer {found.control_token}"},
-            timeout=httpx.Timeout(10.0, read=600.0),
+            timeout=_ANSWER_S,
             trust_env=False,
         )
 
@@ -82,13 +84,13 @@ class LocalTarget:
         return AcquireReply.model_validate_json(reply).token
 
     def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
-        self._ask("POST", "/v1/capacity", SharesRequest.of(shares, token))
+        self._ask("POST", "/v1/capacity", SharesRequest.of(shares, token), within_s=_REPLICAS_S)
 
     def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
         self._ask("POST", "/v1/shares", SharesRequest.of(shares, token))
 
     def retire(self, label: str, *, token: int) -> None:
-        self._ask("POST", "/v1/retire", RetireRequest(token=token, label=label))
+        self._ask("POST", "/v1/retire", RetireRequest(token=token, label=label), within_s=_REPLICAS_S)
 
     def observe(self) -> Observation:
         return ObservationReply.model_validate_json(self._ask("GET", "/v1/observe")).to_domain()
@@ -107,9 +109,10 @@ class LocalTarget:
             found[replica.version] = found.get(replica.version, 0) + replica.ready
         return found
 
-    def _ask(self, method: str, path: str, body: BaseModel | None = None) -> bytes:
+    def _ask(self, method: str, path: str, body: BaseModel | None = None, *, within_s: float = _ANSWER_S) -> bytes:
+        content = None if body is None else body.model_dump_json()
         try:
-            response = self._client.request(method, path, content=None if body is None else body.model_dump_json())
+            response = self._client.request(method, path, content=content, timeout=within_s)
         except httpx.HTTPError as error:
             raise TargetError(f"the target does not answer: {error!r}", where=self.folder,
                               next_step="see logs/supervisor.log there, or start it again") from error  # fmt: skip

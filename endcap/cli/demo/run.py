@@ -304,16 +304,21 @@ class _Demo:
     # ---- records, report ----
 
     def _keep_feedback(self, target: LocalTarget) -> None:
+        import json
+
         import httpx
 
-        with (
-            httpx.stream("GET", f"{target.found.feedback_url}/v1/export", timeout=30.0, trust_env=False) as response,
-            JsonLines(self._records / "feedback.jsonl") as kept,
-        ):
-            import json
-
-            for line in response.iter_lines():
-                kept.append(json.loads(line))
+        url = f"{target.found.feedback_url}/v1/export"
+        try:
+            with (
+                httpx.stream("GET", url, timeout=30.0, trust_env=False) as response,
+                JsonLines(self._records / "feedback.jsonl") as kept,
+            ):
+                response.raise_for_status()
+                for line in response.iter_lines():
+                    kept.append(json.loads(line))
+        except httpx.HTTPError as error:
+            raise TargetError(f"the feedback collector did not hand out its events: {error!r}", where=url) from error
 
     def report(self) -> Mapping[str, Any]:
         from endcap.report import build

@@ -54,9 +54,6 @@ class Objectives:
     service: str
     objectives: tuple[Objective, ...]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        return iter(self.objectives)
-
     def named(self, name: str) -> Objective:
         for objective in self.objectives:
             if objective.name == name:
@@ -69,8 +66,8 @@ class Objectives:
 
     @property
     def click_window_s(self) -> float | None:
-        windows = [o.window_s for o in self.objectives if o.window_s is not None]
-        return max(windows) if windows else None
+        """The one attribution window; None where no objective is about clicks."""
+        return next((o.window_s for o in self.objectives if o.window_s is not None), None)
 
 
 class ObjectiveModel(SpecModel):
@@ -115,6 +112,12 @@ class ObjectivesSpec(SpecModel):
         names = [objective.name for objective in self.objectives]
         if len(set(names)) != len(names):
             raise ValueError("two objectives have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _one_window(self) -> ObjectivesSpec:
+        if len({o.window_seconds for o in self.objectives if o.window_seconds is not None}) > 1:
+            raise ValueError("windowSeconds differ: a service's feedback collector has one window")
         return self
 
 

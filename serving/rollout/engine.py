@@ -124,9 +124,15 @@ class _Engine:
         if len(served) != 1:
             raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
                              next_step="give all of it to one version before a rollout starts")  # fmt: skip
-        label = self._candidate.label
+        stable, label = served[0], self._candidate.label
+        counted = seen.versions[stable].within_ms if stable in seen.versions else {}
+        for objective in self._objectives.objectives:
+            if objective.within_ms is not None and objective.within_ms not in counted:
+                raise InputError(f"the target does not count answers within {objective.within_ms} ms",
+                                 where=f"objective {objective.name}",
+                                 next_step="start it with these objectives (endcap serve up --objectives)")  # fmt: skip
         state = begin(
-            self._spec, stable=served[0], canary=label, canary_attempts=_attempts(seen, label),
+            self._spec, stable=stable, canary=label, canary_attempts=_attempts(seen, label),
             now_s=self._clock.now_s(),
         )  # fmt: skip
         self._store.declare(self._spec, self._objectives)

@@ -340,6 +340,14 @@ def test_what_is_served_already_is_not_rolled_out(tmp_path: Path) -> None:
         roll(tmp_path, target, clock)
 
 
+def test_an_objective_that_the_target_does_not_count_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    target, clock = start(Behaviour())
+    slower = Objectives("shop", "shop", (replace(OBJECTIVES.named("latency"), within_ms=250),))
+    with pytest.raises(InputError, match="latency: the target does not count answers within 250 ms"):
+        run_rollout(SPEC, slower, CANARY, target, tmp_path, packages={"1": Path("one")}, clock=clock)
+    assert not (tmp_path / "state.json").exists()
+
+
 def evidence_of(clicked: float) -> Evidence:
     from endcap.evidence import Stratum
 

@@ -64,7 +64,7 @@ def run(
             on_event=tell_progress(task),
         )  # fmt: skip
     if result.data.synthetic:
-        console.say("  the data is SYNTHETIC", style="yellow")
+        console.say(f"  the data is SYNTHETIC: {result.data.origin}", style="yellow")
     (console.good if result.promoted_by_gate else console.bad)(result.gate_reason)
     console.result(
         {"version": result.version, "package": result.package, "gate": result.gate_reason,

@@ -34,8 +34,6 @@ CLICK_AT_LEAST = 60
 MAX_DOTS = 2500
 _NOTE_WIDTH = 0.16
 """The part of the width that a share's note takes on the narrowest page."""
-_NO_END = 1000
-"""Groups of histories that reach this far have no end worth writing."""
 _LANE_WIDTH = 0.09
 """The least part of the width that a span's badge takes on the narrowest page."""
 
@@ -479,7 +477,7 @@ def history_chart(evaluation: Evaluation, tones: Mapping[str, str]) -> Markup | 
         return None
     groups = max(models.values(), key=len)
     top = max(g.ndcg_at_10.high or g.ndcg_at_10.value for model in models.values() for g in model) * 1.08 or 1.0
-    names = [f"{g.from_}–{g.to}" if g.to is not None and g.to < _NO_END else f"{g.from_}+" for g in groups]
+    names = [group.words for group in groups]
     middles = tuple(index + 0.5 for index in range(len(groups)))
     x = Axis(0, len(groups), middles, format=lambda at: names[int(at)])
     y = Axis(0, top, tuple(linear_ticks(0, top, 4)))

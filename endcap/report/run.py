@@ -40,6 +40,8 @@ __all__ = [
     "read_run",
 ]
 
+_NO_END = 1000
+"""An end of a group of history lengths that no history reaches."""
 Verdict = Literal["promoted", "rolled_back", "refused", "held"]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -97,6 +99,11 @@ class LengthGroup(_Part):
     users: int
     ndcg_at_10: Measured
     hr_at_10: Measured | None = None
+
+    @property
+    def words(self) -> str:
+        """How many items: ``5–9``, or ``20+`` where the group has no end that matters."""
+        return f"{self.from_}+" if self.to is None or self.to >= _NO_END else f"{self.from_}–{self.to}"
 
 
 class Model(_Part):

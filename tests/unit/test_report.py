@@ -16,7 +16,7 @@ from endcap.objectives import load_objectives
 from endcap.outcomes import judge_requests
 from endcap.records import TargetEvent, read_requests
 from endcap.report import build
-from endcap.report.page import SECTIONS
+from endcap.report.page import SECTIONS, metric
 from endcap.report.run import shares_set
 from tests.run_folder import EXPECTED, OBJECTIVES, make_run_folder, write_offline
 
@@ -404,6 +404,20 @@ def test_synthetic_data_is_said_in_the_title_and_at_the_top(tmp_path: Path) -> N
 def test_what_is_to_be_known_of_the_data_is_on_the_page(folder: Path) -> None:
     build(folder)
     assert "Purchases of the same day stand in the order" in (folder / "report.html").read_text()
+
+
+def test_every_metric_of_every_model_is_on_the_page_with_its_interval(folder: Path) -> None:
+    build(folder)
+    seen = " ".join(_Seen(page_of(folder)).text.split())
+    models = json.loads((folder / "evaluation.json").read_text())["models"]
+    for model in models.values():
+        for value in [*model["metrics"].values(), *(group["hr_at_10"] for group in model["by_history_length"])]:
+            assert " ".join((metric(value["value"]), metric(value["low"]), "to", metric(value["high"]))) in seen
+        for value in (model["coverage_at_10"], model["popularity_bias_at_10"]):
+            assert value["low"] < value["value"] < value["high"]
+    assert "77.0 %" in seen
+    assert "+0.11" in seen and "+0.09 to +0.13" in seen
+    assert "10,120" in seen and "20+" in seen
 
 
 def test_a_real_data_set_is_not_called_synthetic(folder: Path) -> None:

@@ -175,7 +175,8 @@ class _Demo:
             result = run_recommender(trained, on_event=tell_progress(task))
         self._data = asdict(result.data)
         if result.data.synthetic:
-            self._console.say("  the data is SYNTHETIC: it says nothing about real shoppers", style="yellow")
+            self._console.say(f"  the data is SYNTHETIC ({result.data.origin}): it says nothing about real shoppers",
+                              style="yellow")  # fmt: skip
         candidate = _registered(result)
         model = result.evaluation.candidate or "candidate"
         self._console.good(f"version {candidate.label} ({model}): {result.gate_reason}")

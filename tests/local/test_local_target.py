@@ -204,6 +204,21 @@ def test_a_replica_that_cannot_start_is_a_capacity_error_in_its_own_words(
     assert target.healthy() == {"1": 4}
 
 
+def test_a_replica_that_refused_is_tried_again_when_capacity_is_asked_for(
+    target: LocalTarget, folder: Path, token: int
+) -> None:
+    mended = ModelVersion("mended", package(folder / "mended"))
+    target.ensure_capacity({mended: 0.05}, token=token)
+    package(folder / "mended", refuse=True)
+    killed = next(replica.pid for replica in target.replicas() if replica.version == "mended")
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: any(event["version"] == "mended" for event in events(folder, "replica_refused")))
+    package(folder / "mended")
+    target.ensure_capacity({mended: 0.05}, token=token)
+    assert target.healthy()["mended"] == 2
+
+
 def test_an_older_token_is_refused(target: LocalTarget, folder: Path, token: int) -> None:
     stable = stable_of(folder)
     with pytest.raises(FencedError):

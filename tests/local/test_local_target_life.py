@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 from endcap.errors import BusyError, FencedError, InputError, StateError, TargetError, VerificationError
 from endcap.files import write_json
+from serving.gateway import Envoy, GatewaySettings
 from serving.targets import LocalTarget, ModelVersion, open_target, start_local_target
 from tests.local.load import Load, eventually
 from tests.local.test_local_target import config, package, stable_of
@@ -112,6 +114,14 @@ def test_a_second_supervisor_in_the_folder_is_turned_away(tmp_path: Path, starte
     assert started.healthy() == {"1": 2}
     with open_target(started.folder) as other:
         assert other.healthy() == {"1": 2}
+
+
+def test_a_gateway_that_is_not_ready_in_time_leaves_no_process(tmp_path: Path) -> None:
+    envoy = Envoy(GatewaySettings(tmp_path / "xds", tmp_path / "records"), log=tmp_path / "envoy.log")
+    envoy.prepare()
+    with pytest.raises(TargetError, match="not ready after 0 s"):
+        asyncio.run(envoy.start(deadline_s=0.0))
+    assert envoy.process.poll() is not None
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

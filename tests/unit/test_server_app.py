@@ -47,7 +47,7 @@ def client(service: Service) -> Iterator[AsgiClient]:
 
 @pytest.fixture(scope="module")
 def impatient(service: Service) -> Iterator[AsgiClient]:
-    yield from client_of(service, timeout_s=0.3)
+    yield from client_of(service, timeout_s=1.0)
 
 
 def ask(client: AsgiClient, history: list[str], **more: Any) -> Answer:

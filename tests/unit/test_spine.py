@@ -178,6 +178,7 @@ def test_the_objectives_of_the_design_are_read(tmp_path: Path) -> None:
         ("goal: 0.999", "goal: 1.5", "goal"),
         ("goal: 0.999", "gaol: 0.999", "gaol"),
         ("windowSeconds: 10, ", "", "needs windowSeconds"),
+        ("marginRelative: 0.1}", "}\n  - {name: bought, goal: 0.01, good: clicked, windowSeconds: 60}", "one window"),
         ("name: latency", "name: availability", "same name"),
         ("spec:", "spec: [", "not YAML"),
         ("service: recommender", "service: n o", "service"),

@@ -412,7 +412,7 @@ def test_every_metric_of_every_model_is_on_the_page_with_its_interval(folder: Pa
     models = json.loads((folder / "evaluation.json").read_text())["models"]
     for model in models.values():
         for value in [*model["metrics"].values(), *(group["hr_at_10"] for group in model["by_history_length"])]:
-            assert " ".join((metric(value["value"]), metric(value["low"]), "to", metric(value["high"]))) in seen
+            assert f"{metric(value['value'])} {metric(value['low'])}–{metric(value['high'])}" in seen
         for value in (model["coverage_at_10"], model["popularity_bias_at_10"]):
             assert value["low"] < value["value"] < value["high"]
     assert "77.0 %" in seen

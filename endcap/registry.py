@@ -291,6 +291,9 @@ class Registry:
             message = str(error).splitlines()[0]
             if "database is locked" in str(error):
                 raise _store_error(sqlite3.OperationalError("database is locked"), self.uri) from error
+            if message.startswith("API request to") and "failed with exception" in message:
+                raise RegistryError(f"the registry's server does not answer (while {doing})", where=self.uri,
+                                    next_step="see that it runs, and that the address is right") from error  # fmt: skip
             raise RegistryError(f"{message} (while {doing})", where=self.uri) from error
         except DBAPIError as error:
             raise _store_error(getattr(error, "orig", None) or error, self._database or self.uri) from error
@@ -339,8 +342,9 @@ def _store_error(error: BaseException, where: object) -> RegistryError:
 
 
 def _quiet() -> None:
-    """No telemetry and no chatter: both must be said before MLflow is imported."""
+    """No telemetry, no chatter, no minutes of trying a server that is away: to be said before MLflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)

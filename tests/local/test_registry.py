@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def test_a_locked_store_is_said_and_usable_again_after(shop, monkeypatch, tmp_pa
             registry.register(make_package(tmp_path / "p"), name=NAME, metrics={}, params={}, tags={})
         other.execute("ROLLBACK")
     assert registry.resolve(f"models:/{NAME}/1").version == "1"
+
+
+def test_a_server_that_does_not_answer_is_said_within_seconds():
+    started_s = time.monotonic()
+    with pytest.raises(RegistryError, match=r"^http://127\.0\.0\.1:9: the registry's server does not answer"):
+        Registry("http://127.0.0.1:9").versions("shop")
+    assert time.monotonic() - started_s < 45
 
 
 def test_what_is_no_uri_of_a_registry_is_refused():

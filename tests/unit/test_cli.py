@@ -115,6 +115,16 @@ main()
     assert "Traceback" not in said
 
 
+def test_lineage_names_the_commit_of_this_code_wherever_the_demo_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from endcap.cli.demo.run import _git_commit
+
+    here = _git_commit()
+    monkeypatch.chdir(tmp_path)
+    assert _git_commit() == here
+
+
 def test_the_schemas_of_the_files_people_write_can_be_printed() -> None:
     schema = json.loads(endcap("rollout", "schema").stdout)
     assert schema["properties"]["kind"]["const"] == "Rollout"

@@ -347,8 +347,10 @@ def _registered(result: PipelineResult) -> ModelVersion:
 
 
 def _git_commit() -> str | None:
+    """Of the code that runs, not of whatever repository a person stands in."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return told.stdout.strip() or None if told.returncode == 0 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -51,6 +52,7 @@ def _arguments() -> argparse.Namespace:
 def _bench(given: argparse.Namespace) -> None:
     out: Path = given.out.resolve()
     with FolderLock(out):
+        shutil.rmtree(out / "recbole", ignore_errors=True)
         for old in ("ours", "recbole"):
             for ending in ("jsonl", "json", "log"):
                 (out / f"{old}.{ending}").unlink(missing_ok=True)
@@ -62,6 +64,7 @@ def _bench(given: argparse.Namespace) -> None:
         load_before = os.getloadavg()
         started_at_s = time.time()
         missing = _race(given, out)
+        shutil.rmtree(out / "recbole", ignore_errors=True)
         finals = {name: _final(out, name) for name in ("ours", "recbole")}
         documents = {name: read_json(out / f"{name}.json") for name in finals if finals[name] is not None}
         curves = {name: _curve(out, name) for name in ("ours", "recbole")}
@@ -99,7 +102,7 @@ def _bench(given: argparse.Namespace) -> None:
 
 
 def _race(given: argparse.Namespace, out: Path) -> str | None:
-    """Run the contestants; why RecBole is missing, where it is."""
+    """Run the contestants; why RecBole is missing, where it cannot be installed or was left out."""
     cores = sorted(os.sched_getaffinity(0))
     missing: str | None = "left out by --without-recbole" if given.without_recbole else None
     programs = {"ours": (Path(sys.executable), "benchmarks.training.ours")}
@@ -119,10 +122,9 @@ def _race(given: argparse.Namespace, out: Path) -> str | None:
     try:
         for name, child in children.items():
             code = child.wait()
-            if code and name == "ours":
-                raise EndcapError(f"our contestant ended with code {code}", where=out / "ours.log")
             if code:
-                missing = f"it ended with code {code}, see {out / 'recbole.log'}"
+                raise EndcapError(f"{name} ended with code {code}", where=out / f"{name}.log",
+                                  next_step="read that file; --without-recbole leaves RecBole out")  # fmt: skip
     finally:
         for child in children.values():
             stop(child)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,10 @@ def settings(folder: Path, history: int) -> dict[str, Any]:
 
 def main() -> None:
     contest = Contest.enter("recbole")
-    # Under the folder that the parent made, so that a killed run leaves nothing elsewhere; RecBole itself writes its
-    # logs to wherever it runs.
-    with tempfile.TemporaryDirectory(dir=contest.out) as name, contextlib.chdir(name):
-        folder = Path(name)
+    # In a folder that the parent clears: RecBole writes its data, and its logs to wherever it runs.
+    folder = contest.out / "recbole"
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(folder):
         write_atomic_files(folder, contest.split)
         _race(contest, folder)
 

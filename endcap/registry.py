@@ -269,10 +269,13 @@ class Registry:
         try:
             with contextlib.closing(sqlite3.connect(database, timeout=_LOCK_WAIT_S, isolation_level=None)) as store:
                 store.execute("BEGIN IMMEDIATE" if make else "BEGIN")
-                store.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                (tables,) = store.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 store.execute("ROLLBACK")
         except sqlite3.DatabaseError as error:
             raise _store_error(error, database) from error
+        if not tables:  # MLflow would quietly begin a new registry in it
+            raise RegistryError("the registry's store is empty, not one that MLflow made", where=database,
+                                next_step="restore it from a backup, or move it away to begin a new one")  # fmt: skip
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
@@ -294,7 +297,8 @@ class Registry:
             if message.startswith("API request to") and "failed with exception" in message:
                 raise RegistryError(f"the registry's server does not answer (while {doing})", where=self.uri,
                                     next_step="see that it runs, and that the address is right") from error  # fmt: skip
-            raise RegistryError(f"{message} (while {doing})", where=self.uri) from error
+            next_step = "see `endcap model list`" if "not found" in message.lower() else None
+            raise RegistryError(f"{message} (while {doing})", where=self.uri, next_step=next_step) from error
         except DBAPIError as error:
             raise _store_error(getattr(error, "orig", None) or error, self._database or self.uri) from error
         except OSError as error:

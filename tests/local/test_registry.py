@@ -102,6 +102,12 @@ def test_a_missing_store_is_said_and_not_made_by_reading(tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_an_empty_store_is_not_taken_for_a_new_registry(tmp_path):
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(RegistryError, match="empty"):
+        Registry(sqlite_uri(tmp_path)).versions("recommender")
+
+
 def test_a_damaged_store_is_said(tmp_path):
     (tmp_path / "mlflow.db").write_bytes(b"this is no database at all, however long it may be" * 100)
     with pytest.raises(RegistryError, match="cannot be used"):

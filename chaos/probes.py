@@ -33,7 +33,7 @@ def find_objectives(records: Path, named: str | None = None) -> Path:
         if candidate and Path(candidate).exists():
             return Path(candidate)
     raise InputError("no objectives file, so no steady state to judge", where=records.parent / "objectives.yaml",
-                     next_step=f"put one there, or set {OBJECTIVES_VARIABLE}")  # fmt: skip
+                     next_step=f"name one (--objectives), or set {OBJECTIVES_VARIABLE}")  # fmt: skip
 
 
 def outcomes(look_back_s: float = 5.0, within_s: float = 0.0, objectives: str | None = None) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def run(
     name: Annotated[str, typer.Argument(help="A drill's name (see `endcap drill list`).")],
     out: Annotated[Path, typer.Option(help="Folder for the journal.")] = Path("out/drills"),
     target: TargetOption = None,
+    objectives: Annotated[
+        Path | None, typer.Option(help="Objectives file; default: the one that the target was started with.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses what is hit.")] = 7,
     json_output: JsonOption = False,
 ) -> None:
@@ -41,7 +44,13 @@ def run(
         raise InputError("no target to drill", next_step="give --target or set ENDCAP_TARGET")
     console = Console(json_output=json_output)
     with console.task(name):
-        result = run_drill(name, target=target.absolute(), out=out.absolute() / name, seed=seed)
+        result = run_drill(
+            name,
+            target=target.absolute(),
+            out=out.absolute() / name,
+            seed=seed,
+            objectives=objectives.absolute() if objectives else None,
+        )
     (console.good if result.held else console.bad)(f"{name}: {result.describe()}")
     console.result(asdict(result))
     if not result.held:

@@ -16,6 +16,7 @@ import typer
 from endcap.cli.console import Console
 from endcap.cli.options import JsonOption, TargetOption
 from endcap.errors import InputError, PackageError, TargetError
+from endcap.files import write_atomic
 
 if TYPE_CHECKING:
     from serving.targets.config import Kept
@@ -52,6 +53,8 @@ def up(
     )
     with console.task("starting replicas and gateway"):
         target = start_local_target(config)
+    if objectives is not None:  # drills judge the steady state by them
+        write_atomic(folder / "objectives.yaml", objectives.read_bytes())
     with target:
         served = " and ".join(f"version {served}" for served, share in target.observe().shares.items() if share > 0)
         console.good(f"{served} is served at {target.url}/v1/recommend")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 from tests.packages import make_package
@@ -37,7 +38,9 @@ def test_a_folder_that_served_one_package_is_not_said_to_serve_another(tmp_path:
             finally:
                 process.kill()
 
-    serve_until_told_to_end(str(one), "--label", "7")
+    declared = resources.files("endcap.cli.demo") / "objectives.yaml"
+    serve_until_told_to_end(str(one), "--label", "7", "--objectives", str(declared))
+    assert (target / "objectives.yaml").read_text() == declared.read_text(), "what drills judge the steady state by"
     refused = endcap("serve", "up", str(other), *options)
     assert refused.returncode == 2
     assert f"it served version 7 from {one}, and would again, not {other}" in refused.stderr

@@ -1,0 +1,1 @@
+"""Drills: Chaos Toolkit experiments, their actions, probes and controls."""

@@ -1,0 +1,1 @@
+"""Load with feedback: open loop, exact percentiles, objectives as thresholds."""

@@ -1,0 +1,1 @@
+"""Kubeflow pipelines made of components: run here, compile, submit, schedule."""

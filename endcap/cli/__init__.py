@@ -1,0 +1,1 @@
+"""The composition room: commands and the demo. It may import every other room; none may import it."""

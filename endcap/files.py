@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,16 @@ from typing import Any
 
 from endcap.errors import BusyError, StateError, from_os_error
 
-__all__ = ["FolderLock", "JsonLines", "read_json", "read_json_lines", "sha256_file", "write_atomic", "write_json"]
+__all__ = [
+    "FolderLock",
+    "JsonLines",
+    "read_json",
+    "read_json_lines",
+    "replaced_folder",
+    "sha256_file",
+    "write_atomic",
+    "write_json",
+]
 
 
 def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
@@ -73,6 +83,23 @@ def read_json(path: Path) -> Any:
             where=path,
             next_step="restore the file from a backup, or move it away to start anew",
         ) from error
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder to be made beside ``folder``, which it replaces at the end of the block: whole or not at all.
+
+    The scratch folder does not exist yet, its parent does. After an error ``folder`` is as it was.
+    """
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 class JsonLines:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from endcap.errors import InputError, RegistryError, from_os_error
-from endcap.files import sha256_file
+from endcap.files import replaced_folder, sha256_file
 from endcap.package.contract import MANIFEST_FILE, read_manifest, verify_digests
 
 if TYPE_CHECKING:
@@ -214,26 +214,20 @@ class Registry:
 
     def _fetch(self, source: str, folder: Path | None, destination: Path) -> Path:
         """Copy a version's files into ``destination`` by a rename, so that it is never half there."""
-        scratch = destination.with_name(f".{destination.name}.{os.getpid()}")
         try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if folder is not None:
-                shutil.copytree(folder, scratch)
-            else:
-                import mlflow.artifacts
+            with replaced_folder(destination) as scratch:
+                if folder is not None:
+                    shutil.copytree(folder, scratch)
+                else:
+                    import mlflow.artifacts
 
-                with self._errors("fetching a package"):
-                    mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(scratch),
-                                                        tracking_uri=self.uri)  # fmt: skip
-            shutil.rmtree(destination, ignore_errors=True)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            scratch.replace(destination)
+                    with self._errors("fetching a package"):
+                        mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(scratch),
+                                                            tracking_uri=self.uri)  # fmt: skip
         except FileNotFoundError as error:
             raise RegistryError("the package's files are gone", where=folder or source) from error
         except OSError as error:
             raise from_os_error(error, doing=f"copying a package to {destination}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return destination
 
     def _by_alias(self, name: str, alias: str) -> str | None:

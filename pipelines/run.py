@@ -24,7 +24,7 @@ from typing import Any
 from components.evaluation import Evaluation, read_evaluation
 from components.steps.progress import PROGRESS_VARIABLE
 from endcap.errors import EndcapError, StepError, from_os_error
-from endcap.files import FolderLock, read_json, write_atomic, write_json
+from endcap.files import FolderLock, read_json, replaced_folder, write_atomic, write_json
 from endcap.processes import spawn, stop
 
 __all__ = [
@@ -284,11 +284,8 @@ def _collect(config: RunConfig, work: Path, seen: list[StepEvent]) -> PipelineRe
         for file, path in produced.items():
             if path.is_dir():
                 package = config.out / file
-                scratch = package.with_name(f".{package.name}.new")
-                shutil.rmtree(scratch, ignore_errors=True)
-                shutil.copytree(path, scratch)
-                shutil.rmtree(package, ignore_errors=True)
-                scratch.replace(package)
+                with replaced_folder(package) as scratch:
+                    shutil.copytree(path, scratch)
             else:
                 write_atomic(config.out / file, path.read_bytes())
     except OSError as error:

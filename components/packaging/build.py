@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from endcap.errors import from_os_error
-from endcap.files import write_atomic, write_json
+from endcap.files import replaced_folder, write_atomic, write_json
 from endcap.package import (
     ITEMS_FILE,
     MODEL_CARD_FILE,
@@ -64,44 +63,39 @@ def build_package(folder: Path, parts: PackageParts, private_key: Path) -> Manif
         StorageError: no space, or not allowed.
         PackageError: the key cannot be used.
     """
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     graphs = {"float32": (FLOAT32_FILE, parts.float32)}
     if parts.int8 is not None:
         graphs["int8"] = (INT8_FILE, parts.int8)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        for file, source in graphs.values():
-            shutil.copyfile(source, scratch / file)
-        write_json(scratch / ITEMS_FILE, list(parts.items))
-        write_json(scratch / POPULAR_FILE, list(parts.popular))
-        write_atomic(scratch / MODEL_CARD_FILE, parts.card)
-        manifest = seal(
-            scratch,
-            Manifest(
-                name=parts.name,
-                task=Task.SESSION_RECOMMENDER,
-                model=parts.model,
-                inputs=(TensorSpec(name="history", datatype="INT64", shape=(-1, -1)),),
-                outputs=(
-                    TensorSpec(name="items", datatype="INT64", shape=(-1, parts.top_k)),
-                    TensorSpec(name="scores", datatype="FP32", shape=(-1, parts.top_k)),
+        with replaced_folder(folder) as scratch:
+            scratch.mkdir()
+            for file, source in graphs.values():
+                shutil.copyfile(source, scratch / file)
+            write_json(scratch / ITEMS_FILE, list(parts.items))
+            write_json(scratch / POPULAR_FILE, list(parts.popular))
+            write_atomic(scratch / MODEL_CARD_FILE, parts.card)
+            manifest = seal(
+                scratch,
+                Manifest(
+                    name=parts.name,
+                    task=Task.SESSION_RECOMMENDER,
+                    model=parts.model,
+                    inputs=(TensorSpec(name="history", datatype="INT64", shape=(-1, -1)),),
+                    outputs=(
+                        TensorSpec(name="items", datatype="INT64", shape=(-1, parts.top_k)),
+                        TensorSpec(name="scores", datatype="FP32", shape=(-1, parts.top_k)),
+                    ),
+                    variants={
+                        variant: Variant(file=file, quality=dict(parts.quality.get(variant, {})))
+                        for variant, (file, _) in graphs.items()
+                    },
+                    top_k=parts.top_k,
+                    max_history=parts.max_history,
+                    created_at=parts.created_at,
+                    lineage=dict(parts.lineage),
                 ),
-                variants={
-                    variant: Variant(file=file, quality=dict(parts.quality.get(variant, {})))
-                    for variant, (file, _) in graphs.items()
-                },
-                top_k=parts.top_k,
-                max_history=parts.max_history,
-                created_at=parts.created_at,
-                lineage=dict(parts.lineage),
-            ),
-        )
-        sign_package(scratch, private_key)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
+            )
+            sign_package(scratch, private_key)
     except OSError as error:
         raise from_os_error(error, doing=f"writing the package {folder}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return manifest

@@ -5,7 +5,6 @@ For demonstrations and drills of a rollout. Nothing but the package is bad; the 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from endcap.errors import PackageError, from_os_error
-from endcap.files import write_atomic, write_json
+from endcap.files import replaced_folder, write_atomic, write_json
 from endcap.package import (
     ITEMS_FILE,
     MODEL_CARD_FILE,
@@ -72,36 +71,30 @@ def make_defective(good: Path, folder: Path, defect: Defect, *, private_key: Pat
         StorageError: no space, or not allowed.
     """
     manifest = verify_package(good, public_key)
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(good, scratch)
-        (scratch / SIGNATURE_FILE).unlink()
-        card = (scratch / MODEL_CARD_FILE).read_text()
-        warning = f"**Defective on purpose ({defect})**: {_CARDS[defect].format(stall_s=stall_s)}"
-        write_atomic(scratch / MODEL_CARD_FILE, f"{warning}\n\n{card}")
-        if defect is Defect.PERMUTED:
-            items = read_items(scratch)
-            order = np.random.default_rng(seed).permutation(len(items))
-            write_json(scratch / ITEMS_FILE, [items[int(index)] for index in order])
-        elif defect is not Defect.TAMPERED:
-            guard = _fail if defect is Defect.FAILING else _stall(good / manifest.variants["float32"].file, stall_s)
-            for variant in manifest.variants.values():
-                path = scratch / variant.file
-                write_atomic(path, _with_guard(path, guard, _EVERY[defect]).SerializeToString())
-        sealed = seal(scratch, manifest.model_copy(update={
-            "model": f"{manifest.model} ({defect})", "lineage": {**manifest.lineage, "defect": str(defect)},
-        }))  # fmt: skip
-        sign_package(scratch, private_key)
-        if defect is Defect.TAMPERED:
-            _change_a_byte(scratch / manifest.variants["float32"].file)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
+        with replaced_folder(folder) as scratch:
+            shutil.copytree(good, scratch)
+            (scratch / SIGNATURE_FILE).unlink()
+            card = (scratch / MODEL_CARD_FILE).read_text()
+            warning = f"**Defective on purpose ({defect})**: {_CARDS[defect].format(stall_s=stall_s)}"
+            write_atomic(scratch / MODEL_CARD_FILE, f"{warning}\n\n{card}")
+            if defect is Defect.PERMUTED:
+                items = read_items(scratch)
+                order = np.random.default_rng(seed).permutation(len(items))
+                write_json(scratch / ITEMS_FILE, [items[int(index)] for index in order])
+            elif defect is not Defect.TAMPERED:
+                guard = _fail if defect is Defect.FAILING else _stall(good / manifest.variants["float32"].file, stall_s)
+                for variant in manifest.variants.values():
+                    path = scratch / variant.file
+                    write_atomic(path, _with_guard(path, guard, _EVERY[defect]).SerializeToString())
+            sealed = seal(scratch, manifest.model_copy(update={
+                "model": f"{manifest.model} ({defect})", "lineage": {**manifest.lineage, "defect": str(defect)},
+            }))  # fmt: skip
+            sign_package(scratch, private_key)
+            if defect is Defect.TAMPERED:
+                _change_a_byte(scratch / manifest.variants["float32"].file)
     except OSError as error:
         raise from_os_error(error, doing=f"writing the package {folder}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return sealed
 
 

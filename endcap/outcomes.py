@@ -1,15 +1,30 @@
-"""Objectives judged on the client's own records: the one reading that load thresholds and drills share."""
+"""Requests judged on the client's own records: the one reading that load, drills and reports share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from endcap.evidence import Counts
 from endcap.objectives import Good, Objective, Objectives
 from endcap.records import RequestRecord
 
-__all__ = ["ObjectiveOutcome", "good_event", "judge_requests"]
+__all__ = ["ObjectiveOutcome", "exact_percentile", "good_event", "judge_requests"]
+
+
+def exact_percentile(values: NDArray[np.float64], percent: float) -> float | None:
+    """The nearest-rank percentile: the smallest value that at least ``percent`` % of the values do not exceed.
+
+    Always one of the values, never an interpolation. None where there are none.
+    """
+    if len(values) == 0:
+        return None
+    rank = max(1, math.ceil(round(len(values) * percent / 100, 9)))
+    return float(np.partition(values, rank - 1)[rank - 1])
 
 
 def good_event(objective: Objective, record: RequestRecord) -> bool | None:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from endcap.objectives import Objectives
-from endcap.outcomes import judge_requests
+from endcap.outcomes import exact_percentile, judge_requests
 from endcap.records import RequestRecord
 from loadtests.config import LoadSummary, Threshold
 
-__all__ = ["SATURATED", "percentile", "summarise"]
+__all__ = ["SATURATED", "summarise"]
 
 SATURATED = "load generator saturated"
 """The ``error`` of an arrival that the generator could not send."""
-
-
-def percentile(ordered: Sequence[float], share: float) -> float | None:
-    """The nearest-rank percentile of values in ascending order; None of nothing."""
-    if not ordered:
-        return None
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def summarise(records: Sequence[RequestRecord], *, span_s: float, objectives: Objectives | None = None) -> LoadSummary:
     """A load's summary. ``span_s``: how long arrivals were offered."""
     asked = [record for record in records if record.kind == "recommend"]
     beacons = [record for record in records if record.kind == "feedback"]
-    latencies_ms = sorted(record.latency_s * 1000 for record in asked)
-    lags_ms = sorted((record.sent_s - record.intended_s) * 1000 for record in asked)
+    latencies_ms = np.array([record.latency_s * 1000 for record in asked])
+    lags_ms = np.array([(record.sent_s - record.intended_s) * 1000 for record in asked])
     failed = sum(record.failed for record in asked)
     span_s = max(span_s, 1e-9)
     thresholds = () if objectives is None else judge_requests(objectives, records)
@@ -37,13 +31,13 @@ def summarise(records: Sequence[RequestRecord], *, span_s: float, objectives: Ob
         failed=failed,
         offered_rps=len(asked) / span_s,
         achieved_rps=(len(asked) - failed) / span_s,
-        p50_ms=percentile(latencies_ms, 0.50),
-        p95_ms=percentile(latencies_ms, 0.95),
-        p99_ms=percentile(latencies_ms, 0.99),
+        p50_ms=exact_percentile(latencies_ms, 50),
+        p95_ms=exact_percentile(latencies_ms, 95),
+        p99_ms=exact_percentile(latencies_ms, 99),
         feedback=len(beacons),
         feedback_failed=sum(record.failed for record in beacons),
         saturated=sum(record.error == SATURATED for record in asked),
-        lag_p99_ms=percentile(lags_ms, 0.99),
+        lag_p99_ms=exact_percentile(lags_ms, 99),
         thresholds=tuple(
             Threshold(one.name, one.goal, one.counts.share, one.counts.total, one.held) for one in thresholds
         ),

@@ -16,11 +16,12 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from endcap.objectives import Good, Objective
+from endcap.outcomes import exact_percentile
 from endcap.recovery import Recovery
 from endcap.report import plots
 from endcap.report.charts import linear_ticks, plain
 from endcap.report.run import Drill, Measured, Requests, Rollout, Run
-from endcap.report.series import exact_percentile, fold
+from endcap.report.series import fold
 from endcap.report.summary import DrillSummary, RolloutSummary, Summary
 
 __all__ = ["SECTIONS", "render"]

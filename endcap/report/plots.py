@@ -12,10 +12,11 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from endcap.objectives import Good, Objective, Objectives
+from endcap.outcomes import exact_percentile
 from endcap.recovery import Recovery
 from endcap.report.charts import Axis, Chart, linear_ticks, log_ticks, plain, stack, time_ticks
 from endcap.report.run import Drill, Evaluation, Judged, Requests, Rollout, Run, Training, shares_set
-from endcap.report.series import Slices, exact_percentile, rolling_share
+from endcap.report.series import Slices, rolling_share
 
 __all__ = [
     "Span",

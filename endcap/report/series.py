@@ -9,23 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from endcap.outcomes import exact_percentile
 from endcap.report.run import Attempts, Requests
 
-__all__ = ["MAX_SLICES", "Slices", "exact_percentile", "fold", "rolling_share"]
+__all__ = ["MAX_SLICES", "Slices", "fold", "rolling_share"]
 
 MAX_SLICES = 600
 Floats = NDArray[np.float64]
-
-
-def exact_percentile(values: Floats, percent: float) -> float | None:
-    """The nearest-rank percentile: the smallest value that at least ``percent`` % of the values do not exceed.
-
-    Always one of the values, never an interpolation. None where there are none.
-    """
-    if len(values) == 0:
-        return None
-    rank = max(1, math.ceil(round(len(values) * percent / 100, 9)))
-    return float(np.partition(values, rank - 1)[rank - 1])
 
 
 @dataclass(frozen=True, slots=True)

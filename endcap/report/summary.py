@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from endcap.outcomes import exact_percentile
 from endcap.recovery import Recovery
 from endcap.report.run import Drill, Expected, ExpectedDrill, Requests, Rollout, Run
-from endcap.report.series import exact_percentile
 
 __all__ = [
     "DataSummary",

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from endcap.outcomes import exact_percentile
 from endcap.records import RequestRecord
 from endcap.report.charts import Axis, Chart, linear_ticks, log_ticks, plain, time_ticks
 from endcap.report.run import Attempts, Requests
-from endcap.report.series import MAX_SLICES, exact_percentile, fold, rolling_share
+from endcap.report.series import MAX_SLICES, fold, rolling_share
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 

@@ -22,10 +22,20 @@ from pathlib import Path
 
 from endcap.errors import EndcapError, from_os_error
 
-__all__ = ["LIFELINE_VARIABLE", "bind_to_lifeline", "bind_to_parent", "free_port", "leashed", "spawn", "stop"]
+__all__ = [
+    "LIFELINE_VARIABLE",
+    "bind_to_lifeline",
+    "bind_to_parent",
+    "free_port",
+    "last_line",
+    "leashed",
+    "spawn",
+    "stop",
+]
 
 LIFELINE_VARIABLE = "ENDCAP_LIFELINE_PID"
 _PR_SET_PDEATHSIG = 1
+_LOG_TAIL_BYTES = 1 << 20
 
 
 def bind_to_parent(signal_number: int = signal.SIGKILL, *, parent_pid: int | None = None) -> None:
@@ -108,3 +118,15 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def last_line(log: Path, *, since: int = 0) -> str:
+    """The last line that a process wrote to its log after byte ``since``: usually its reason."""
+    try:
+        with log.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(since, end - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return "it left no log"
+    return lines[-1].strip() if lines else "it said nothing"

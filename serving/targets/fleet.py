@@ -20,10 +20,10 @@ from pathlib import Path
 import httpx
 
 from endcap.errors import CapacityError, EndcapError, VerificationError
-from endcap.processes import free_port, spawn, stop
+from endcap.processes import free_port, last_line, spawn, stop
 from serving.gateway import Endpoint, HostHealth, VersionEndpoints, cluster_name
 from serving.targets.base import ModelVersion
-from serving.targets.children import exit_of, last_line, until_ready
+from serving.targets.children import exit_of, until_ready
 from serving.targets.config import SupervisorConfig
 
 __all__ = ["Fleet", "Phase", "Slot", "TargetEvent", "backoff_s"]

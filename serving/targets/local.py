@@ -20,9 +20,8 @@ from pydantic import BaseModel, ValidationError
 
 from endcap.errors import EndcapError, InputError, StateError, TargetError
 from endcap.files import read_json, write_json
-from endcap.processes import spawn, stop
+from endcap.processes import last_line, spawn, stop
 from serving.targets.base import ModelVersion, Observation
-from serving.targets.children import last_line
 from serving.targets.config import CONFIG_FILE, FAILED_FILE, TARGET_FILE, SupervisorConfig, TargetFile
 from serving.targets.wire import (
     AcquireReply,

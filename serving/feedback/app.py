@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from pathlib import Path
 from urllib.parse import parse_qs
 
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from endcap.errors import EndcapError, InputError, StorageError
 from serving import asgi
 from serving.asgi import BodyTooLargeError, Receive, Scope, Send
-from serving.feedback.attribution import Outcome
+from serving.feedback.attribution import Outcome, to_us
 from serving.feedback.events import parse_feedback
 from serving.feedback.store import Evidence, export
 from serving.feedback.writer import Writer
@@ -21,6 +22,8 @@ from serving.feedback.writer import Writer
 __all__ = ["FeedbackApp", "FeedbackMetrics"]
 
 log = logging.getLogger("serving.feedback")
+
+_SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?", re.ASCII)
 
 
 class FeedbackMetrics:
@@ -103,7 +106,8 @@ class FeedbackApp:
         if method not in ("GET", "HEAD"):
             return 405, asgi.error_body(InputError("method not allowed", where="method", next_step="use GET"))
         if path == "/v1/evidence":
-            return 200, _evidence(await self.writer.evidence())
+            since_us = _shoppers_since_us(scope)
+            return 200, _evidence(await self.writer.evidence(shoppers_since_us=since_us), since_us)
         if path == "/v1/export":
             await self._export(scope, send)
             return 0, b""
@@ -159,15 +163,31 @@ class FeedbackApp:
         await send({"type": "http.response.body", "body": b""})
 
 
-def _evidence(evidence: Evidence) -> bytes:
-    return orjson.dumps({
+def _evidence(evidence: Evidence, since_us: int | None) -> bytes:
+    document: dict[str, object] = {
         "at_s": evidence.at_us / 1e6,
         "window_s": evidence.window_us / 1e6,
         "versions": {
             version: {"closed": counts.closed, "clicked": counts.clicked, "open": counts.open}
+            | ({} if since_us is None else {"shoppers": counts.shoppers, "shoppers_clicked": counts.shoppers_clicked})
             for version, counts in evidence.versions.items()
         },
-    })  # fmt: skip
+    }
+    if since_us is not None:
+        document["shoppers_since_s"] = since_us / 1e6
+    return orjson.dumps(document)
+
+
+def _shoppers_since_us(scope: Scope) -> int | None:
+    """``?shoppers_since_s=``: Unix seconds, with a fraction or without."""
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+    if "shoppers_since_s" not in query:
+        return None
+    text = query["shoppers_since_s"][-1]
+    if _SECONDS.fullmatch(text) is None:
+        raise InputError("shoppers_since_s must be Unix seconds", where="shoppers_since_s",
+                         next_step="send them like 1760000000.25")  # fmt: skip
+    return to_us(float(text))
 
 
 def _status(error: EndcapError) -> int:

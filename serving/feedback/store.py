@@ -1,7 +1,9 @@
 """Events on disk: SQLite in WAL mode, synchronous=FULL, many requests a commit.
 
 One thread of one process writes (a lock beside the file sees to that), so the counts of closed impressions, which can
-never change, are kept in memory and only what closed since the last look is read, through an index.
+never change, are kept in memory and only what closed since the last look is read, through an index. Counts of shoppers
+are kept the same way, one running count for each time that they are asked from; one that is not kept (after a restart,
+say) is read anew from what is on disk, and comes to the same.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +33,12 @@ from serving.feedback.events import Event
 __all__ = ["Evidence", "FeedbackStore", "Submission", "VersionCounts", "export"]
 
 _APPLICATION_ID = 0x656E6463  # "endc"
-_SCHEMA_VERSION = 1
-_SCHEMA = """
+_SCHEMA_VERSION = 2
+# A shopper's impressions in order; ties are broken by the id, which the primary key adds to every index.
+_BY_SHOPPER = "CREATE INDEX by_shopper ON impressions (shopper, issued_at_us) WHERE shown = 1;"
+_STEPS = {1: _BY_SHOPPER}
+"""What brings a schema version to the next one."""
+_SCHEMA = f"""
 CREATE TABLE impressions (
     id BLOB PRIMARY KEY,              -- 16 bytes
     version TEXT NOT NULL,
@@ -41,6 +48,7 @@ CREATE TABLE impressions (
     clicked INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX counted ON impressions (issued_at_us, version, clicked) WHERE shown = 1;
+{_BY_SHOPPER}
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,
     impression BLOB NOT NULL,
@@ -52,6 +60,10 @@ CREATE TABLE events (
 );
 """
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_NEVER_US = 1 << 62
+_MAX_SINCES = 8
+_Found = dict[str, tuple[int, int]]
+"""By version label: how many, and how many of them were clicked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +76,17 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class VersionCounts:
-    """``closed``: impressions whose window is over; ``clicked`` of them; ``open``: those whose window is not."""
+    """``closed``: impressions whose window is over; ``clicked`` of them; ``open``: those whose window is not.
+
+    ``shoppers``: those whose first closed impression since the asked time was this version's; ``shoppers_clicked``
+    of them clicked it. Final, as ``closed`` is.
+    """
 
     closed: int = 0
     clicked: int = 0
     open: int = 0
+    shoppers: int = 0
+    shoppers_clicked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +96,20 @@ class Evidence:
     at_us: int
     window_us: int
     versions: Mapping[str, VersionCounts] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Running:
+    """Final counts of what was issued before ``before_us``."""
+
+    before_us: int
+    counts: _Found = field(default_factory=dict)
+
+    def add(self, found: _Found, before_us: int) -> None:
+        for version, (new, clicked) in found.items():
+            old = self.counts.get(version, (0, 0))
+            self.counts[version] = (old[0] + new, old[1] + clicked)
+        self.before_us = before_us
 
 
 class FeedbackStore:
@@ -96,8 +128,8 @@ class FeedbackStore:
     def __init__(self, path: Path, *, window_us: int) -> None:
         self.path = path
         self.window_us = window_us
-        self._closed: dict[str, tuple[int, int]] = {}
-        self._closed_before_us = -(1 << 62)
+        self._closed = _Running(-_NEVER_US)
+        self._shoppers: OrderedDict[int, _Running] = OrderedDict()  # by the time asked from, last used last
         self._last_us = 0  # a clock that is set back must not open what was closed
         self._lock = FolderLock(path.parent, name=f"{path.name}.lock")
         self._lock.__enter__()
@@ -174,8 +206,13 @@ class FeedbackStore:
         types = self._db.execute("SELECT type FROM events WHERE impression = ?", (identity,))
         return ImpressionState(bool(row[0]), bool(row[1]), frozenset(EventType(kind) for (kind,) in types))
 
-    def evidence(self, now_us: int) -> Evidence:
-        """The counts as of ``now_us``. Costs what happened since the last call, not what ever happened.
+    def evidence(self, now_us: int, *, shoppers_since_us: int | None = None) -> Evidence:
+        """The counts as of now. Costs what happened since the last call (for the same ``shoppers_since_us``).
+
+        Args:
+            now_us: the clock; one that was set back counts as standing still.
+            shoppers_since_us: count shoppers by their first closed impression issued at or after this time;
+                None counts none. Up to eight different times are kept at hand.
 
         Raises:
             StorageError: the disk refuses to be read.
@@ -184,27 +221,50 @@ class FeedbackStore:
         self._last_us = now_us = max(self._last_us, now_us)
         horizon_us = closed_before_us(now_us, self.window_us)
         try:
-            newly_closed = self._count(self._closed_before_us, horizon_us)
-            still_open = self._count(horizon_us, 1 << 62)
+            self._closed.add(self._count(self._closed.before_us, horizon_us), horizon_us)
+            still_open = self._count(horizon_us, _NEVER_US)
+            shoppers = {} if shoppers_since_us is None else self._shoppers_until(horizon_us, since_us=shoppers_since_us)
         except sqlite3.Error as error:
             raise _translate(error, self.path) from error
-        for version, (shown, clicked) in newly_closed.items():
-            closed = self._closed.get(version, (0, 0))
-            self._closed[version] = (closed[0] + shown, closed[1] + clicked)
-        self._closed_before_us = horizon_us
+        none, closed = (0, 0), self._closed.counts
         versions = {
-            version: VersionCounts(*self._closed.get(version, (0, 0)), still_open.get(version, (0, 0))[0])
-            for version in sorted(self._closed.keys() | still_open.keys())
-        }
+            version: VersionCounts(*closed.get(version, none), still_open.get(version, none)[0],
+                                   *shoppers.get(version, none))
+            for version in sorted(closed.keys() | still_open.keys())
+        }  # fmt: skip
         return Evidence(now_us, self.window_us, versions)
 
-    def _count(self, from_us: int, before_us: int) -> dict[str, tuple[int, int]]:
+    def _count(self, from_us: int, before_us: int) -> _Found:
         rows = self._db.execute(
             "SELECT version, COUNT(*), SUM(clicked) FROM impressions INDEXED BY counted"
             " WHERE shown = 1 AND issued_at_us >= ? AND issued_at_us < ? GROUP BY version",
             (from_us, before_us),
         )
         return {version: (shown, clicked) for version, shown, clicked in rows}
+
+    def _shoppers_until(self, horizon_us: int, *, since_us: int) -> _Found:
+        """Shoppers whose first impression since ``since_us`` is closed, by that impression's version."""
+        running = self._shoppers.get(since_us) or _Running(since_us)
+        if horizon_us > running.before_us:
+            # Whatever was issued before a closed impression is closed too: that it is the first never changes.
+            rows = self._db.execute(_FIRST_IMPRESSIONS, (running.before_us, horizon_us, since_us))
+            running.add({version: (first, clicked) for version, first, clicked in rows}, horizon_us)
+        self._shoppers[since_us] = running
+        self._shoppers.move_to_end(since_us)
+        if len(self._shoppers) > _MAX_SINCES:
+            self._shoppers.popitem(last=False)
+        return running.counts
+
+
+_FIRST_IMPRESSIONS = """
+SELECT i.version, COUNT(*), SUM(i.clicked) FROM impressions i INDEXED BY counted
+WHERE i.shown = 1 AND i.issued_at_us >= ?1 AND i.issued_at_us < ?2
+  AND NOT EXISTS (SELECT 1 FROM impressions e INDEXED BY by_shopper WHERE e.shown = 1 AND e.shopper = i.shopper
+                  AND e.issued_at_us >= ?3 AND e.issued_at_us < i.issued_at_us)
+  AND NOT EXISTS (SELECT 1 FROM impressions e INDEXED BY by_shopper WHERE e.shown = 1 AND e.shopper = i.shopper
+                  AND e.issued_at_us = i.issued_at_us AND e.id < i.id)
+GROUP BY i.version
+"""
 
 
 def export(path: Path, *, after: int = 0, rows_at_once: int = 1000) -> Iterator[list[dict[str, Any]]]:
@@ -253,7 +313,7 @@ def _open(path: Path) -> sqlite3.Connection:
         # First of all, so that what is not ours is not touched.
         application, schema = (_pragma(db, "application_id"), _pragma(db, "user_version"))
         (tables,) = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if tables and (application, schema) != (_APPLICATION_ID, _SCHEMA_VERSION):
+        if tables and (application != _APPLICATION_ID or schema not in (*_STEPS, _SCHEMA_VERSION)):
             raise StateError("not a feedback database of this release", where=path,
                              next_step="give another --database, or move this file away")  # fmt: skip
         db.execute("PRAGMA journal_mode = WAL")
@@ -266,6 +326,8 @@ def _open(path: Path) -> sqlite3.Connection:
         problem = _pragma(db, "quick_check(1)")
         if problem != "ok":
             raise _damaged(path, str(problem))
+        for before in range(schema if tables else _SCHEMA_VERSION, _SCHEMA_VERSION):  # whole steps, or none
+            db.executescript(f"BEGIN IMMEDIATE; {_STEPS[before]} PRAGMA user_version = {before + 1}; COMMIT;")
     except sqlite3.Error as error:
         db.close()
         raise _translate(error, path) from error

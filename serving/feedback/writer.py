@@ -35,6 +35,7 @@ class _Record:
 @dataclass(frozen=True, slots=True)
 class _Look:
     now_us: int
+    shoppers_since_us: int | None
     answer: asyncio.Future[Evidence]
 
 
@@ -75,10 +76,10 @@ class Writer:
         self._queue.put(_Record(Submission(events, self._now_us()), answer))
         return await answer
 
-    async def evidence(self) -> Evidence:
-        """The counts as of now, every event that was handed over before included."""
+    async def evidence(self, *, shoppers_since_us: int | None = None) -> Evidence:
+        """The counts as of now, every event that was handed over before included; see ``FeedbackStore.evidence``."""
         answer: asyncio.Future[Evidence] = self._loop.create_future()
-        self._queue.put(_Look(self._now_us(), answer))
+        self._queue.put(_Look(self._now_us(), shoppers_since_us, answer))
         return await answer
 
     def close(self) -> None:
@@ -116,7 +117,8 @@ class Writer:
 
     def _look(self, look: _Look) -> None:
         try:
-            self._answer([(look.answer, self._store.evidence(look.now_us))])
+            found = self._store.evidence(look.now_us, shoppers_since_us=look.shoppers_since_us)
+            self._answer([(look.answer, found)])
         except Exception as error:  # noqa: BLE001 - as above
             self._refuse([look.answer], _ours(error))
 

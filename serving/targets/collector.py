@@ -7,7 +7,9 @@ import logging
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -20,27 +22,43 @@ from serving.targets.children import exit_of, until_ready
 from serving.targets.config import SupervisorConfig
 from serving.targets.fleet import TargetEvent, backoff_s
 
-__all__ = ["Collector", "VersionEvidence"]
+__all__ = ["Collector", "CollectorEvidence", "VersionEvidence"]
 
 _TRIES = 3
 _READY_S = 15.0
 _STEADY_S = 5.0
+_MAX_LAST = 8
 
 log = logging.getLogger("endcap.target")
 
 
 class VersionEvidence(BaseModel):
-    """One version's impressions: ``closed`` windows, those of them that were ``clicked``, and those still ``open``."""
+    """One version's impressions: ``closed`` windows, those of them that were ``clicked``, and those still ``open``.
+
+    ``shoppers``: those whose first closed impression since the asked time was this version's; ``shoppers_clicked`` of
+    them clicked it.
+    """
 
     model_config = ConfigDict(frozen=True)
     closed: int = 0
     clicked: int = 0
     open: int = 0
+    shoppers: int = 0
+    shoppers_clicked: int = 0
 
 
 class _Evidence(BaseModel):
     model_config = ConfigDict(frozen=True)
+    window_s: float
     versions: dict[str, VersionEvidence] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorEvidence:
+    """Counts by version label. ``window_s``: the attribution window; None where no collector runs."""
+
+    window_s: float | None = None
+    versions: Mapping[str, VersionEvidence] = field(default_factory=dict)
 
 
 class Collector:
@@ -53,7 +71,7 @@ class Collector:
         self._log = config.folder / "logs" / "feedback.log"
         self._client = httpx.AsyncClient(trust_env=False, timeout=1.0)
         self._process: subprocess.Popen[bytes] | None = None
-        self._evidence: _Evidence | None = None
+        self._last: OrderedDict[str | None, CollectorEvidence] = OrderedDict()  # by the time asked from
         self.at: Endpoint | None = None
 
     @property
@@ -113,24 +131,33 @@ class Collector:
             except EndcapError as error:
                 log.error("%s", error)
 
-    async def evidence(self) -> Mapping[str, VersionEvidence]:
+    async def evidence(self, shoppers_since_s: float | None = None) -> CollectorEvidence:
         """Counts by version since the collector's database was made: while it is away, the last ones still hold.
 
+        Args:
+            shoppers_since_s: Unix time; count shoppers by their first closed impression since then. None: none.
+
         Raises:
-            TargetError: it is away and there are no last ones; counts of zero would make all that was counted before
-                look new when it is back.
+            TargetError: it is away and there are no last ones for the same ``shoppers_since_s``; counts of zero would
+                make all that was counted before look new when it is back.
         """
         if self.url is None:
-            return {}
+            return CollectorEvidence()
+        asked = None if shoppers_since_s is None else f"{shoppers_since_s:.6f}"
+        query = "" if asked is None else f"?shoppers_since_s={asked}"
         try:
-            response = await self._client.get(f"{self.url}/v1/evidence")
+            response = await self._client.get(f"{self.url}/v1/evidence{query}")
             response.raise_for_status()
-            self._evidence = _Evidence.model_validate_json(response.content)
+            found = _Evidence.model_validate_json(response.content)
+            self._last[asked] = CollectorEvidence(found.window_s, found.versions)
         except (httpx.HTTPError, ValidationError) as error:
             log.warning("no evidence from the feedback collector: %r", error)
-            if self._evidence is None:
+            if asked not in self._last:
                 raise TargetError("the feedback collector does not answer", where=self._log) from error
-        return self._evidence.versions
+        self._last.move_to_end(asked)
+        if len(self._last) > _MAX_LAST:
+            self._last.popitem(last=False)
+        return self._last[asked]
 
     async def stop(self) -> None:
         if self._process is not None:

@@ -216,7 +216,7 @@ class Supervisor:
 
     async def observe(self) -> ObservationReply:
         await self._read_logs()
-        impressions = await self.collector.evidence()
+        impressions = (await self.collector.evidence()).versions
         attempts = self._tally.versions()
         kept = self.placement.kept
         labels = {v.label for v in kept.versions} | set(attempts) | set(impressions)

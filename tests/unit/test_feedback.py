@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from serving import impressions
 from serving.feedback.app import FeedbackApp, FeedbackMetrics
 from serving.feedback.attribution import NEW, EventType, Outcome, attribute
 from serving.feedback.events import MAX_EVENTS, Event, parse_feedback
-from serving.feedback.store import FeedbackStore, Submission, VersionCounts, export
+from serving.feedback.store import _FIRST_IMPRESSIONS, FeedbackStore, Submission, VersionCounts, export
 from serving.feedback.writer import Writer
 from serving.impressions import Impression
 from tests.asgi_client import AsgiClient, call
@@ -27,8 +30,8 @@ KEY = bytes(32)
 WINDOW_US = 5_000_000
 
 
-def impression(number: int, *, version: str = "2", issued_at_us: int = 0) -> Impression:
-    return Impression(number.to_bytes(16, "big").hex(), version, "00" * 8, issued_at_us / 1e6)
+def impression(number: int, *, version: str = "2", issued_at_us: int = 0, shopper: int = 0) -> Impression:
+    return Impression(number.to_bytes(16, "big").hex(), version, shopper.to_bytes(8, "big").hex(), issued_at_us / 1e6)
 
 
 def shown(number: int, **more: Any) -> Event:
@@ -80,7 +83,7 @@ class Model:
         self.kept.append((event, now_us))
         return Outcome.ACCEPTED if now_us - round(event.impression.issued_at_s * 1e6) <= WINDOW_US else Outcome.LATE
 
-    def counts(self, now_us: int) -> dict[str, VersionCounts]:
+    def counts(self, now_us: int, since_us: int | None) -> dict[str, VersionCounts]:
         found: dict[str, Impression] = {}
         with_click: set[str] = set()
         for event, received_at_us in self.kept:
@@ -95,6 +98,17 @@ class Model:
             counts[one.version] = VersionCounts(
                 old.closed + closed, old.clicked + (closed and identity in with_click), old.open + (not closed)
             )
+        if since_us is not None:
+            firsts: dict[str, Impression] = {}
+            for one in sorted(found.values(), key=lambda one: (one.issued_at_s, one.id)):
+                if round(one.issued_at_s * 1e6) >= since_us:
+                    firsts.setdefault(one.shopper_hash, one)
+            for one in firsts.values():
+                if now_us - round(one.issued_at_s * 1e6) > WINDOW_US:
+                    old = counts[one.version]
+                    counts[one.version] = replace(
+                        old, shoppers=old.shoppers + 1, shoppers_clicked=old.shoppers_clicked + (one.id in with_click)
+                    )
         return counts
 
 
@@ -102,22 +116,30 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("events"), st.lists(st.tuples(st.integers(0, 5), st.sampled_from(EventType)), max_size=4)),
         st.tuples(st.just("wait"), st.sampled_from([0, 1, WINDOW_US // 2, WINDOW_US, WINDOW_US + 1, -WINDOW_US])),
-        st.tuples(st.just("look"), st.none()),
+        st.tuples(st.just("look"), st.none() | st.integers(-WINDOW_US, 2 * WINDOW_US) | st.integers(0, 12)),
         st.tuples(st.just("restart"), st.none()),
     ),
-    max_size=25,
+    max_size=40,
 )
 
 
-@given(steps=STEPS, issued=st.lists(st.integers(-WINDOW_US, 3 * WINDOW_US), min_size=6, max_size=6))
+@given(
+    steps=STEPS,
+    issued=st.lists(st.integers(-WINDOW_US, 3 * WINDOW_US) | st.sampled_from([0, 7]), min_size=6, max_size=6),
+    shoppers=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+)
 def test_the_store_counts_as_the_model_does_through_time_and_restarts(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, Any]], issued: list[int]
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, Any]], issued: list[int], shoppers: list[int]
 ) -> None:
+    """Duplicates, late clicks, a clock set back, equal times of issue, and shoppers asked for from many times."""
     path = tmp_path_factory.mktemp("store") / "feedback.sqlite"
     base_us = 1_000_000_000
-    made = [impression(number, version=str(number % 2), issued_at_us=base_us + at) for number, at in enumerate(issued)]
+    made = [
+        impression(number, version=str(number % 2), issued_at_us=base_us + at, shopper=shopper)
+        for number, (at, shopper) in enumerate(zip(issued, shoppers, strict=True))
+    ]
     store, model, clock_us, seen_us = FeedbackStore(path, window_us=WINDOW_US), Model(), base_us, base_us
-    finals: dict[str, tuple[int, int]] = {}
+    finals: dict[tuple[int | None, str], VersionCounts] = {}
     try:
         for what, detail in steps:
             if what == "events":
@@ -129,19 +151,123 @@ def test_the_store_counts_as_the_model_does_through_time_and_restarts(
                 clock_us += detail
             elif what == "look":
                 seen_us = max(seen_us, clock_us)
-                evidence = store.evidence(clock_us)
-                assert evidence.versions == model.counts(seen_us)
+                since_us = None if detail is None else base_us + detail
+                evidence = store.evidence(clock_us, shoppers_since_us=since_us)
+                assert evidence.versions == model.counts(seen_us, since_us)
                 for version, counts in evidence.versions.items():
-                    closed, with_click = finals.get(version, (0, 0))
-                    assert counts.closed >= closed
-                    assert counts.clicked >= with_click
-                    finals[version] = (counts.closed, counts.clicked)
+                    before = finals.get((since_us, version), VersionCounts())
+                    for name in ("closed", "clicked", "shoppers", "shoppers_clicked"):
+                        assert getattr(counts, name) >= getattr(before, name)
+                    finals[since_us, version] = counts
             else:
                 store.close()
                 clock_us = max(clock_us, seen_us)  # a clock set back across a restart is beyond what the file knows
                 store = FeedbackStore(path, window_us=WINDOW_US)
     finally:
         store.close()
+
+
+def test_a_shopper_counts_once_by_the_first_impression_that_closed(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    heavy = [shown(number, version="2", issued_at_us=number, shopper=1) for number in range(10, 40)]
+    store.record([
+        Submission([shown(1, version="1", issued_at_us=5, shopper=1), *heavy,
+                    clicked(2, version="1", issued_at_us=20, shopper=2),
+                    clicked(11, version="2", issued_at_us=11, shopper=1)], 100)
+    ])  # fmt: skip
+    for now_us, since_us, expected in (
+        (WINDOW_US, 0, {"1": (0, 0), "2": (0, 0)}),
+        (WINDOW_US + 50, 0, {"1": (2, 1), "2": (0, 0)}),
+        (WINDOW_US + 50, 11, {"1": (1, 1), "2": (1, 1)}),
+        (WINDOW_US + 50, 12, {"1": (1, 1), "2": (1, 0)}),
+        (WINDOW_US + 50, 1000, {"1": (0, 0), "2": (0, 0)}),
+    ):
+        found = store.evidence(now_us, shoppers_since_us=since_us).versions
+        assert {label: (one.shoppers, one.shoppers_clicked) for label, one in found.items()} == expected
+    # Seen again, in time and clicked: it is not their first.
+    store.record([Submission([clicked(50, version="2", issued_at_us=WINDOW_US + 40, shopper=2)], WINDOW_US + 60)])
+    assert store.evidence(3 * WINDOW_US, shoppers_since_us=0).versions["2"].shoppers == 0
+    store.close()
+
+
+def test_a_look_reads_what_closed_since_the_last_one_and_keeps_few_counts(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    store.record([
+        Submission([shown(number, issued_at_us=number, shopper=number % 500) for number in range(2000)], 2000)
+    ])  # fmt: skip
+    work = 0
+
+    def tick() -> None:
+        nonlocal work
+        work += 1
+
+    store._db.set_progress_handler(tick, 10)
+    store.evidence(WINDOW_US + 2000, shoppers_since_us=0)
+    first, work = work, 0
+    store.record([Submission([shown(3000, issued_at_us=2500, shopper=9000)], 2600)])
+    assert store.evidence(WINDOW_US + 3000, shoppers_since_us=0).versions["2"].shoppers == 501
+    assert work * 50 < first
+    for since_us in range(100):
+        store.evidence(WINDOW_US + 3000, shoppers_since_us=since_us)
+    assert len(store._shoppers) == 8
+    store.close()
+
+
+def test_the_query_for_first_impressions_searches_and_never_scans(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+    plan = [row[3] for row in store._db.execute("EXPLAIN QUERY PLAN " + _FIRST_IMPRESSIONS, (0, 1, 0))]
+    assert not any(step.startswith("SCAN") for step in plan), plan
+    assert sum("INDEX by_shopper (shopper=? AND issued_at_us" in step for step in plan) == 2, plan
+    store.close()
+
+
+def as_before(path: Path) -> None:
+    """A database as the schema version 1 had it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript("DROP INDEX by_shopper; PRAGMA user_version = 1;")
+
+
+def test_a_database_of_the_schema_before_is_taken_on_with_all_its_events(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.sqlite"
+    store = FeedbackStore(path, window_us=WINDOW_US)
+    store.record([Submission([shown(1), clicked(2, shopper=2), shown(3, issued_at_us=2)], 100)])
+    store.close()
+    as_before(path)
+    for _ in range(2):
+        store = FeedbackStore(path, window_us=WINDOW_US)
+        assert store.evidence(WINDOW_US + 9, shoppers_since_us=0).versions == {"2": VersionCounts(3, 1, 0, 2, 1)}
+        assert store._db.execute("PRAGMA user_version").fetchone() == (2,)
+        store.close()
+
+
+def test_a_disk_that_is_full_while_a_database_is_taken_on_leaves_it_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.sqlite"
+    store = FeedbackStore(path, window_us=WINDOW_US)
+    store.record([Submission([shown(number) for number in range(3000)], 100)])
+    store.close()
+    as_before(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("VACUUM")
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 20, hard))
+    try:
+        with pytest.raises(StorageError):
+            FeedbackStore(path, window_us=WINDOW_US)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    store = FeedbackStore(path, window_us=WINDOW_US)
+    assert store.evidence(WINDOW_US + 9, shoppers_since_us=0).versions["2"] == VersionCounts(3000, 0, 0, 1, 0)
+    store.close()
+
+
+def test_a_database_of_a_later_release_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.sqlite"
+    FeedbackStore(path, window_us=WINDOW_US).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 3")
+    with pytest.raises(StateError, match="not a feedback database of this release"):
+        FeedbackStore(path, window_us=WINDOW_US)
 
 
 def test_an_open_impression_is_no_evidence_and_a_closed_one_is_final(tmp_path: Path) -> None:
@@ -196,8 +322,6 @@ def test_two_collectors_do_not_share_a_database(tmp_path: Path) -> None:
 def test_a_damaged_database_is_named_and_left_as_it_is(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "feedback.sqlite"
     if damage == "foreign":
-        import sqlite3
-
         with sqlite3.connect(path) as db:
             db.execute("CREATE TABLE mine (x)")
         db.close()
@@ -311,6 +435,26 @@ def test_each_event_is_judged_by_itself(client: AsgiClient) -> None:
     ]  # fmt: skip
     assert client.get("/v1/export", query=b"after=1").body.count(b"\n") == 2
     assert client.get("/v1/export", query=b"after=x").status == 400
+
+
+def test_shoppers_are_counted_when_a_time_is_asked_for(client: AsgiClient) -> None:
+    for issued_at_s, version in ((1.5, "3"), (2.0, "2"), (4.0, "3")):
+        store = client.app.writer._store
+        event = Event(impression(int(issued_at_s * 2), version=version, issued_at_us=round(issued_at_s * 1e6)),
+                      EventType.CLICKED, None)  # fmt: skip
+        store.record([Submission([event], round(issued_at_s * 1e6))])
+    answer = client.get("/v1/evidence", query=b"shoppers_since_s=1.750000").json
+    assert answer == {
+        "at_s": 10.0, "window_s": 5.0, "shoppers_since_s": 1.75,
+        "versions": {
+            "2": {"closed": 1, "clicked": 1, "open": 0, "shoppers": 1, "shoppers_clicked": 1},
+            "3": {"closed": 2, "clicked": 2, "open": 0, "shoppers": 0, "shoppers_clicked": 0},
+        },
+    }  # fmt: skip
+    assert "shoppers" not in client.get("/v1/evidence").json["versions"]["2"]
+    for said in (b"", b"now", b"-1", b"nan", b"1e9", b"9" * 13, b"1.", b"%00"):
+        refused = client.get("/v1/evidence", query=b"shoppers_since_s=" + said)
+        assert (refused.status, refused.json["error"]["where"]) == (400, "shoppers_since_s")
 
 
 def test_a_request_of_which_nothing_can_be_taken_is_refused(client: AsgiClient) -> None:

@@ -13,7 +13,6 @@ from components.evaluation.evaluation import (
     write_evaluation,
 )
 from components.evaluation.gate import GateDecision, decide_gate
-from components.evaluation.intervals import Estimate, estimate, resampled_means, standard_interval
 from components.evaluation.metrics import (
     CUTOFFS,
     METRICS,
@@ -22,6 +21,7 @@ from components.evaluation.metrics import (
     per_shopper,
     popularity_lift,
 )
+from endcap.evidence.bootstrap import Estimate, estimate, resampled_means, standard_interval
 
 __all__ = [
     "CUTOFFS", "METRICS", "Estimate", "Evaluation", "GateDecision", "Lengths", "ModelQuality", "Paired", "Ranked",

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from components.evaluation.intervals import Estimate, estimate, resampled_means, standard_interval
 from components.evaluation.metrics import METRICS, catalogue_coverage, mean_popularity, per_shopper, popularity_lift
 from endcap.errors import StateError
+from endcap.evidence.bootstrap import Estimate, estimate, resampled_means, standard_interval
 from endcap.files import read_json, write_json
 
 __all__ = [

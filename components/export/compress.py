@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.evaluation.evaluation import Ranked, estimate_difference
-from components.evaluation.intervals import Estimate
 from endcap.errors import PackageError, from_os_error
+from endcap.evidence.bootstrap import Estimate
 from endcap.files import write_atomic
 
 __all__ = ["Compression", "compress_graph", "measure_compression"]

@@ -1,0 +1,366 @@
+"""All tests of all objectives as one array update, for one rollout or for thousands of simulated ones at once.
+
+Every event is bad or not. A hypothesis is a half-plane of (control's bad share, canary's bad share) bounded by the line
+``canary = slope * control + constant``: no worse than control by more than a margin, worse by at least the margin, no
+worse than a fixed goal. A bet on one look with ``n_k`` control and ``n_c`` canary events is a point ``(x, y)`` on that
+line and stakes ``r`` and ``q``; with Z = 1 for a bad event and 0 for a good one it multiplies its wealth by::
+
+    product over control's events (1 + r (Z - x))  *  product over canary's events (1 + q (Z - y))
+
+**It is an e-value** (expectation at most 1 wherever the hypothesis holds) when, before the look's outcomes are known,
+
+1. all factors are positive,
+2. ``n_k r + slope n_c q = 0``, and
+3. ``q`` has the sign of the alternative (positive where canary is suspected to be above the line).
+
+Proof. At true shares (u, v) the expectation's logarithm is ``n_k log(1 + r (u - x)) + n_c log(1 + q (v - y))``: concave
+in (u, v), 0 at (x, y), its gradient there ``(n_k r, n_c q)``, which by 2 is ``n_c q (-slope, 1)``: by 3 the outward
+normal of the half-plane. A concave function lies below its tangent plane, which is at most 0 on all of the half-plane.
+How well x was chosen plays no part, so one step of a fixed-point iteration a look suffices: with
+``a = x + r x (1 - x)`` and ``b = y + q y (1 - y)`` the wealth's factor is the likelihood ratio of (a, b) against (x, y),
+condition 2 says that (x, y) is the Kullback-Leibler projection of (a, b) onto the line, and the iteration steers ``a``
+towards control's running estimate; its remaining error costs a little power and no validity. The numbers of events of
+a look may be looked at (they are independent of what becomes of the events), its outcomes may not.
+
+Products of a bet over looks, and weighted means of several bets, are e-processes, so the chance that one ever reaches
+1/alpha under its hypothesis is at most alpha, however often and whenever it is looked at (Ville, *Étude critique de la
+notion de collectif*, 1939). Each look may have true shares of its own: drift that hits both sides costs no validity.
+
+Sources: Turner, Ly, Grünwald, "Generic E-variables for exact sequential k-sample tests that allow for optional
+stopping", J. Stat. Plan. Inference 230 (2024), for the two-sample e-value and its projection; Waudby-Smith, Ramdas,
+"Estimating means of bounded random variables by betting", JRSS B 86 (2024), for the form as bets; Farrington,
+Manning, Stat. Med. 9 (1990), for the projection under a margin; Howard et al., "Time-uniform, nonparametric,
+nonasymptotic confidence sequences", Ann. Stat. 49 (2021); Wald, *Sequential Analysis* (1947).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endcap.objectives import Objective
+
+__all__ = ["BETTER", "CONTROL", "FAIL", "GOAL", "PASS", "Bets", "BetsState", "Kernel", "State"]
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+FAIL, CONTROL, GOAL, PASS, BETTER = range(5)
+"""Columns of :attr:`State.peak`."""
+
+_FLOOR = 1e-6
+"""Shares are kept this far from 0 and 1: rarer events than these no rollout sees."""
+_GREATEST_STAKE = 0.95
+"""The part of its wealth that a bet may lose to one of control's events at most."""
+_PRIOR_EVENTS = 20.0
+"""Weight of the expected share in the running estimate of control's share, in events."""
+_FIRST_STEPS = 4
+"""Fixed-point steps before the first bet; afterwards one a look, from where the last one ended."""
+_NONE = 1e-9
+"""Added to numbers of events that are divided by: far below one event."""
+_GREATEST_LOG = 300.0
+"""Wealth is not counted beyond e to this (the least of an e-process and a constant is one): sums stay finite."""
+
+_RECENT_LOOKS, _LONG_LOOKS = 10.0, 600.0
+"""Looks over which control's trouble, and its usual share, are taken (exponentially weighted)."""
+_RECENT_KEEP, _LONG_IN_RECENT = 1 - 1 / _RECENT_LOOKS, _LONG_LOOKS / _RECENT_LOOKS
+_TROUBLE_DEVIATIONS, _TROUBLE_EVENTS = 3.0, 1.0
+"""Control is in trouble when its recent bad events exceed their mean by so many standard deviations and events."""
+
+_CONTROL_STEPS = ((0.15, 1.0), (0.27, 1.0), (0.48, 1.0), (0.86, 1.0), (1.5, 1.0), (2.5, 0.7), (4.0, 0.5))
+_GOAL_STEPS = ((0.3, 0.6), (0.6, 0.8), (1.1, 1.0), (1.8, 1.0), (2.6, 1.0), (3.6, 0.7))
+_BETTER_STEPS = ((0.03, 1.0), (0.06, 1.0), (0.12, 1.0), (0.24, 1.0), (0.5, 0.7), (1.0, 0.5))
+"""How far beyond the line the alternatives lie, in log-odds, each with its weight: from a hint to a catastrophe."""
+_PASS_FRACTIONS = ((0.6, 0.3), (1.0, 0.5), (1.6, 0.2))
+"""Where between the line (0) and control's own share (1) a canary that is good enough is supposed to be."""
+_CONTROL_WEIGHT = 0.6
+"""Weight of "worse than control" in the mean of the two fail e-processes; "worse than its goal" has the rest."""
+
+
+@dataclass
+class BetsState:
+    """Log wealth of each bet and control's share on its line. Changed in place by :meth:`Bets.update`."""
+
+    log_e: Floats
+    x: Floats
+    settled: bool = False
+
+    def copy(self) -> BetsState:
+        return BetsState(self.log_e.copy(), self.x.copy(), self.settled)
+
+    def take(self, rows: NDArray[np.intp] | Bools) -> BetsState:
+        return BetsState(self.log_e[rows], self.x[rows], self.settled)
+
+
+class Bets:
+    """A fixed set of bets, of shape [objectives, bets]; the first ``len(steps)`` of an objective are by log-odds.
+
+    ``slope``, ``constant``: the line in bad shares, of each bet. ``side``: +1 where canary is suspected above the line.
+    ``steps``: log-odds beyond the line of the first bets. ``fractions``: of the others, how far the alternative lies
+    from the line on the way to a share given at each look.
+    """
+
+    def __init__(self, slope: Floats, constant: Floats, side: Floats, steps: Floats, fractions: Floats) -> None:
+        self.shape = slope.shape
+        self._slope, self._constant, self._side = slope, constant, side
+        self._steps = steps.shape[-1]
+        cut = self._steps
+        self._odds = np.exp(side[..., :cut] * steps)
+        self._odds_less_one = self._odds - 1
+        self._fractions = fractions
+        safe = np.where(slope > 0, slope, 1.0)
+        self._low = np.where(slope > 0, np.clip((_FLOOR - constant) / safe, _FLOOR, 1 - _FLOOR), _FLOOR)
+        self._high = np.where(slope > 0, np.clip((1 - _FLOOR - constant) / safe, _FLOOR, 1 - _FLOOR), 1 - _FLOOR)
+        self._slope_side = slope * side
+        self._room, self._room_slope = (1 + side) / 2, -side  # 1 - x where side is +1, x where it is -1
+
+    def start(self, batch: tuple[int, ...], expected: Floats) -> BetsState:
+        """``expected``: control's bad share before any data, of each objective."""
+        x = np.clip(np.broadcast_to(expected[:, None], self.shape), self._low, self._high)
+        return BetsState(np.zeros(batch + self.shape), np.broadcast_to(x, batch + self.shape).copy())
+
+    def update(
+        self, state: BetsState, wanted: Floats, towards: Floats, usual_ratio: Floats, ratio: Floats,
+        canary: tuple[Floats, Floats], control: tuple[Floats, Floats],
+    ) -> Floats:  # fmt: skip
+        """What each bet gains by a look, in log wealth, not yet added; ``state.x`` is moved.
+
+        All arguments are [..., objectives]. ``wanted``: control's share as estimated; ``towards``: the share that
+        ``fractions`` lead to; ``usual_ratio``: canary's events for one of control's, lately; ``ratio``: in this look;
+        ``canary``, ``control``: bad and good events of this look.
+        """
+        slope, constant, cut = self._slope, self._constant, self._steps
+        a = wanted[..., None]
+        line = slope * a
+        line += constant
+        np.clip(line, _FLOOR, 1 - _FLOOR, out=line)
+        b = np.empty_like(line)
+        first = line[..., :cut]
+        scaled = first * self._odds_less_one
+        scaled += 1
+        np.divide(first * self._odds, scaled, out=b[..., :cut])
+        if cut < self.shape[-1]:
+            rest = b[..., cut:]
+            np.subtract(towards[..., None], line[..., cut:], out=rest)
+            rest *= self._fractions
+            rest += line[..., cut:]
+            np.clip(rest, _FLOOR, 1 - _FLOOR, out=rest)
+
+        x, steps = state.x, 1 if state.settled else _FIRST_STEPS
+        state.settled = True
+        leaning = slope * usual_ratio[..., None]
+        aim = b - constant
+        y = slope * x
+        y += constant
+        for _ in range(steps):
+            v_y = 1 - y
+            v_y *= y
+            pull = 1 - x
+            pull *= x
+            pull *= leaning
+            np.multiply(v_y, a, out=x)
+            x += pull * aim
+            pull *= slope
+            v_y += pull
+            x /= v_y
+            np.maximum(x, self._low, out=x)
+            np.minimum(x, self._high, out=x)
+            np.multiply(slope, x, out=y)
+            y += constant
+        # (x, y) is on the line; the stake q, and with it r, keeps b beyond it and a inside (0, 1).
+        rest_y = 1 - y
+        stake = b
+        stake -= y
+        stake *= self._side
+        v_y = y * rest_y
+        stake /= v_y
+        np.maximum(stake, 0, out=stake)
+        weight = self._slope_side * ratio[..., None]
+        bound = np.abs(weight)
+        rest_x = 1 - x
+        room = self._room_slope * x
+        room += self._room
+        bound *= room
+        bound += 1e-12
+        np.divide(_GREATEST_STAKE, bound, out=bound)
+        np.minimum(stake, bound, out=stake)
+        r = weight
+        r *= stake
+        q = stake
+        q *= self._side
+        canary_bad, canary_good = canary
+        control_bad, control_good = control
+        # (1 + q (1 - y)), (1 - q y), (1 - r (1 - x)), (1 + r x), with r here for minus the proof's.
+        rest_y *= q
+        gain = np.log1p(rest_y, out=rest_y)
+        gain *= canary_bad[..., None]
+        y *= q
+        np.negative(y, out=y)
+        np.log1p(y, out=y)
+        y *= canary_good[..., None]
+        gain += y
+        rest_x *= r
+        np.negative(rest_x, out=rest_x)
+        np.log1p(rest_x, out=rest_x)
+        rest_x *= control_bad[..., None]
+        gain += rest_x
+        np.multiply(r, x, out=r)
+        np.log1p(r, out=r)
+        r *= control_good[..., None]
+        gain += r
+        return gain
+
+
+@dataclass
+class State:
+    """All that a rollout's tests remember: of constant size. Changed in place by :meth:`Kernel.update`."""
+
+    bets: BetsState
+    control: Floats
+    """[..., objectives, 2]: control's bad and all events so far."""
+    recent: Floats
+    """[..., objectives, 3]: exponentially weighted over the last looks: control's bad and all events, canary's all."""
+    usual: Floats
+    """[..., objectives]: control's bad share, exponentially weighted over many looks; it begins at the goal's."""
+    peak: Floats
+    """[..., objectives, 5]: the greatest value so far of each e-process: FAIL, CONTROL, GOAL, PASS, BETTER."""
+
+    def copy(self) -> State:
+        return State(self.bets.copy(), self.control.copy(), self.recent.copy(), self.usual.copy(), self.peak.copy())
+
+    def take(self, rows: NDArray[np.intp] | Bools) -> State:
+        """The state of some of the runs of a batch."""
+        return State(self.bets.take(rows), self.control[rows], self.recent[rows], self.usual[rows], self.peak[rows])
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.bets.log_e, self.bets.x, self.control, self.recent, self.usual, self.peak)
+        return sum(array.nbytes for array in arrays)
+
+
+class Kernel:
+    """The tests of a rollout's objectives. Holds no state: one serves any number of rollouts.
+
+    Of each objective, in columns of :attr:`State.peak`: CONTROL, against "no worse than control by more than the
+    margin"; GOAL, against "no worse than its goal"; FAIL, their weighted mean (the mean of e-processes is one, and it
+    dominates halving alpha between them); PASS, against "worse than control by the margin or more"; BETTER, against
+    "no better than control" (0 unless an objective is ``primary``).
+
+    **Shared outages.** Control in trouble out of the ordinary vetoes the goal's bets of a look: when its bad events of
+    about ten looks, this one's among them, exceed by three standard deviations and one event what the greater of
+    the goal's bad share and control's own over about ten minutes explains. Control's events of the look may
+    decide this, since given both versions' shares of the look canary's are independent of them. So both versions
+    at 20 % errors for two minutes cost canary nothing, and what lasts ten minutes or more is no outage but a broken
+    objective. What this cannot see: an outage while control has next to no traffic, and one that spares control.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], *, primary: str | None = None) -> None:
+        columns = [_bets_of(objective, better=primary is not None) for objective in objectives]
+        self.objectives = tuple(objectives)
+        self.primary = None if primary is None else [objective.name for objective in objectives].index(primary)
+        self.bad_goals: Floats = np.array([1 - objective.goal for objective in objectives])
+        ordered = columns[0]
+        steps = sum(bet.test is not PASS for bet in ordered)
+        self._bets = Bets(
+            slope=np.array([[bet.slope for bet in column] for column in columns]),
+            constant=np.array([[bet.constant for bet in column] for column in columns]),
+            side=np.array([[bet.side for bet in column] for column in columns]),
+            steps=np.array([[bet.reach for bet in column[:steps]] for column in columns]),
+            fractions=np.array([bet.reach for bet in ordered[steps:]]),
+        )
+        tests = [bet.test for bet in ordered]
+        first = tests.index(GOAL)
+        self._goal_bets = slice(first, first + tests.count(GOAL))
+        self._weights = np.zeros((len(ordered), 5))
+        for index, bet in enumerate(ordered):
+            self._weights[index, bet.test] = bet.weight
+        self._weights[:, FAIL] = (
+            _CONTROL_WEIGHT * self._weights[:, CONTROL] + (1 - _CONTROL_WEIGHT) * self._weights[:, GOAL]
+        )
+
+    def start(self, batch: tuple[int, ...] = ()) -> State:
+        m = len(self.objectives)
+        return State(
+            self._bets.start(batch, self.bad_goals), np.zeros((*batch, m, 2)), np.zeros((*batch, m, 3)),
+            np.broadcast_to(self.bad_goals, (*batch, m)).copy(), np.zeros((*batch, m, 5)),
+        )  # fmt: skip
+
+    def update(
+        self, state: State, canary_bad: Floats, canary_total: Floats, control_bad: Floats, control_total: Floats
+    ) -> None:
+        """One more look: counts of events since the last one, floats of shape [..., objectives]."""
+        recent, usual, seen = state.recent, state.usual, state.control
+        recent *= _RECENT_KEEP
+        recent[..., 0] += control_bad
+        recent[..., 1] += control_total
+        recent[..., 2] += canary_total
+        calm = _calm(recent, np.maximum(usual, self.bad_goals))
+        usual += (control_bad - control_total * usual) / (_LONG_IN_RECENT * recent[..., 1] + _NONE)
+        wanted = _PRIOR_EVENTS * self.bad_goals + seen[..., 0]
+        wanted /= seen[..., 1] + _PRIOR_EVENTS
+        np.clip(wanted, _FLOOR, 1 - _FLOOR, out=wanted)
+        gain = self._bets.update(
+            state.bets, wanted, wanted, recent[..., 2] / (recent[..., 1] + _NONE), canary_total / (control_total + _NONE),
+            (canary_bad, canary_total - canary_bad), (control_bad, control_total - control_bad),
+        )  # fmt: skip
+        gain[..., self._goal_bets] *= calm[..., None]
+        seen[..., 0] += control_bad
+        seen[..., 1] += control_total
+        log_e = state.bets.log_e
+        log_e += gain
+        np.minimum(log_e, _GREATEST_LOG, out=log_e)
+        np.maximum(state.peak, np.exp(log_e, out=gain) @ self._weights, out=state.peak)
+
+    def failed(self, state: State, alpha: float) -> Bools:
+        """[..., objectives]: which are shown to be bad, at ``alpha`` shared over all of them."""
+        return np.asarray(state.peak[..., FAIL] >= len(self.objectives) / alpha)
+
+    def passed(self, state: State, beta: float) -> Bools:
+        """[..., objectives]: which are shown to be good enough; the primary one, shown to be better."""
+        shown = state.peak[..., PASS] >= 1 / beta
+        if self.primary is not None:
+            shown[..., self.primary] = state.peak[..., self.primary, BETTER] >= 1 / beta
+        return np.asarray(shown)
+
+
+def _calm(recent: Floats, usual: Floats) -> Floats:
+    """1 where control's recent bad events are no more than its usual share explains, 0 where it is in trouble."""
+    explained = recent[..., 1] * usual
+    explained += _TROUBLE_DEVIATIONS * np.sqrt(explained) + _TROUBLE_EVENTS
+    return np.asarray(recent[..., 0] <= explained, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bet:
+    test: int
+    slope: float
+    constant: float
+    side: int
+    reach: float
+    weight: float
+
+
+def _bets_of(objective: Objective, *, better: bool) -> list[_Bet]:
+    """All bets on an objective, those by log-odds first; the weights of each test's bets sum to one."""
+    slope, constant = _margin_line(objective)
+    groups = [(CONTROL, slope, constant, 1, _CONTROL_STEPS), (GOAL, 0.0, 1 - objective.goal, 1, _GOAL_STEPS)]
+    if better:
+        groups.append((BETTER, 1.0, 0.0, -1, _BETTER_STEPS))
+    groups.append((PASS, slope, constant, -1, _PASS_FRACTIONS))
+    return [
+        _Bet(test, slope, constant, side, reach, weight / sum(weight for _, weight in reaches))
+        for test, slope, constant, side, reaches in groups
+        for reach, weight in reaches
+    ]
+
+
+def _margin_line(objective: Objective) -> tuple[float, float]:
+    """Slope and constant, in bad shares, of "worse than control by the margin"."""
+    if objective.margin is not None:
+        return 1.0, objective.margin
+    if objective.margin_relative is None:
+        raise ValueError(f"objective {objective.name} has no margin")
+    return 1 - objective.margin_relative, objective.margin_relative

@@ -19,6 +19,7 @@ __all__ = [
     "OutcomeError",
     "PackageError",
     "RegistryError",
+    "SourceError",
     "StateError",
     "StepError",
     "StorageError",
@@ -93,6 +94,10 @@ class CapacityError(TargetError):
 
 class FencedError(TargetError):
     """A write that carried an older fencing token than the target has seen."""
+
+
+class SourceError(TargetError):
+    """What counts events beside the target gave no answer that can be believed. That is no data, never zero."""
 
 
 class StateError(EndcapError):

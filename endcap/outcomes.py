@@ -32,9 +32,9 @@ def good_event(objective: Objective, record: RequestRecord) -> bool | None:
 
     Answered: every request for recommendations is an event. With ``within_ms`` only answered ones are (as at the
     gateway: availability already counts the others), and their latency runs from the intended send.
-    Clicked: every impression is an event.
+    Clicked: every impression is an event. Counted: no client's records tell.
     """
-    if record.kind != "recommend":
+    if record.kind != "recommend" or objective.good is Good.COUNTED:
         return None
     if objective.good is Good.CLICKED:
         return None if record.impression is None else record.clicked
@@ -63,10 +63,12 @@ class ObjectiveOutcome:
 
 
 def judge_requests(objectives: Objectives, records: Iterable[RequestRecord]) -> tuple[ObjectiveOutcome, ...]:
-    """Every objective over ``records``, in the order of the objectives file."""
+    """Every objective that the records can tell of, in the order of the objectives file."""
     kept = list(records)
     outcomes = []
     for objective in objectives.objectives:
+        if objective.good is Good.COUNTED:
+            continue
         events = [good for record in kept if (good := good_event(objective, record)) is not None]
         outcomes.append(ObjectiveOutcome(objective.name, objective.goal, Counts(sum(events), len(events))))
     return tuple(outcomes)

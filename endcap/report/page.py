@@ -383,6 +383,8 @@ def _objective_rows(run: Run, requests: Requests | None, outside: NDArray[np.boo
         return []
     rows = []
     for objective in run.objectives.objectives:
+        if objective.good is Good.COUNTED:
+            continue
         good, events = _events(objective, requests)
         quiet = events & outside if outside is not None else events
         part = float((good & quiet).sum() / quiet.sum()) if quiet.any() else None
@@ -405,6 +407,8 @@ def _events(objective: Objective, requests: Requests | None) -> tuple[NDArray[np
 def promise(objective: Objective) -> str:
     """An objective in words."""
     goal = plots.percent(objective.goal)
+    if objective.good is Good.COUNTED:
+        return f"{goal} of the events that {objective.name} counts"
     if objective.good is Good.CLICKED:
         return f"{goal} of impressions clicked within {plain(objective.window_s or 0)} s"
     if objective.within_ms is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import resource
 import signal
 import threading
@@ -11,9 +13,13 @@ from typing import Any
 
 import httpx
 import orjson
+import pytest
 
+from endcap.errors import TargetError
 from endcap.processes import free_port
 from serving import impressions
+from serving.targets.collector import Collector, CollectorEvidence, VersionEvidence
+from serving.targets.config import SupervisorConfig
 from tests.process import Program, run_to_end, started, wait_until
 
 
@@ -117,3 +123,63 @@ def test_a_damaged_or_held_database_is_named_and_nothing_starts(tmp_path: Path) 
         ended = run_to_end(arguments(tmp_path, 0))
         assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
         assert f"in use by process {program.process.pid}" in ended.stderr
+
+
+def test_a_targets_counts_by_shopper_hold_while_the_collector_is_away_and_go_on_after(tmp_path: Path) -> None:
+    key_file = tmp_path / "impression.key"
+    key = impressions.ensure_key(key_file)
+    (tmp_path / "logs").mkdir()
+    config = SupervisorConfig(folder=tmp_path, records=tmp_path, public_key=tmp_path / "none.pub", window_s=1)
+    since_s = time.time()
+
+    async def click(url: str | None, version: str, shopper: str) -> None:
+        """Until one was taken in time."""
+        async with asyncio.timeout(30), httpx.AsyncClient(timeout=5.0) as client:
+            while True:
+                _, token = impressions.mint(key, version=version, shopper=shopper, now_s=time.time())
+                body = {"events": [{"impression": token, "type": "clicked"}]}
+                try:
+                    if (await client.post(f"{url}/v1/feedback", json=body)).json()["accepted"]:
+                        return
+                except httpx.TransportError:
+                    await asyncio.sleep(0.01)
+
+    async def closed(collector: Collector, count: int) -> CollectorEvidence:
+        async with asyncio.timeout(30):
+            while True:
+                found = await collector.evidence(since_s)
+                if sum(version.closed for version in found.versions.values()) == count:
+                    return found
+                await asyncio.sleep(0.01)
+
+    async def life() -> None:
+        collector = Collector(config, impression_key=key_file, emit=lambda event: None)
+        assert await collector.evidence(since_s) == CollectorEvidence()
+        await collector.start()
+        watch = asyncio.create_task(collector.watch())
+        try:
+            await click(collector.url, "2", "a")
+            first = await closed(collector, 1)
+            assert first == CollectorEvidence(
+                1.0, {"2": VersionEvidence(closed=1, clicked=1, shoppers=1, shoppers_clicked=1)}
+            )
+            assert (await collector.evidence(since_s + 3600)).versions == {"2": VersionEvidence(closed=1, clicked=1)}
+            died = collector.pid
+            assert died is not None
+            os.kill(died, signal.SIGSTOP)
+            assert await collector.evidence(since_s) == first
+            with pytest.raises(TargetError, match="does not answer"):
+                await collector.evidence(since_s - 40)
+            os.kill(died, signal.SIGKILL)
+            await click(collector.url, "3", "a")  # the same shopper, who counts no more
+            await click(collector.url, "3", "b")
+            assert (await closed(collector, 3)).versions == {
+                "2": VersionEvidence(closed=1, clicked=1, shoppers=1, shoppers_clicked=1),
+                "3": VersionEvidence(closed=2, clicked=2, shoppers=1, shoppers_clicked=1),
+            }
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+            await collector.stop()
+
+    asyncio.run(life())

@@ -15,6 +15,7 @@ from endcap.errors import EndcapError, InputError
 from endcap.processes import bind_to_parent
 from serving import impressions
 from serving.asgi import DrainingServer, listen, one_line
+from serving.server.answers import AnswerLog
 
 log = logging.getLogger("serving.server")
 
@@ -37,6 +38,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--variant", default="float32")
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
+    parser.add_argument("--answers", type=Path, metavar="FILE",
+                        help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="runs of the graph at the same time")
     parser.add_argument("--timeout-s", type=float, default=2.0, help="a run that takes longer is ended (504)")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests beyond this are turned away (503)")
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.workers < 1 or arguments.timeout_s <= 0 or arguments.max_waiting < 1:
             raise InputError("--workers, --timeout-s and --max-waiting must be above 0")
         listener = listen(arguments.host, arguments.port)
+        answers = AnswerLog(arguments.answers) if arguments.answers else None
     except EndcapError as error:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
@@ -66,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     pool = Pool(workers=arguments.workers, timeout_s=arguments.timeout_s, max_waiting=arguments.max_waiting)
-    app = ServerApp(Replica(arguments.version, arguments.zone), pool, impression_key=key)
+    app = ServerApp(Replica(arguments.version, arguments.zone), pool, impression_key=key, answers=answers)
 
     async def load(server: DrainingServer) -> None:
         """Health answers 503 meanwhile."""
@@ -96,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     code = server.run_on(listener)
     pool.close()
+    if answers is not None:
+        answers.close()
     return code
 
 

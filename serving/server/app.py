@@ -14,9 +14,10 @@ from endcap.errors import EndcapError, InputError
 from serving import asgi, impressions
 from serving.asgi import BodyTooLargeError, Headers, Receive, Scope, Send
 from serving.server import oip
+from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
-from serving.server.recommend import parse_request
+from serving.server.recommend import Recommendation, parse_request
 from serving.server.service import OverloadedError, Pool, Service
 
 __all__ = ["Replica", "ServerApp"]
@@ -24,6 +25,8 @@ __all__ = ["Replica", "ServerApp"]
 log = logging.getLogger("serving.server")
 
 RECOMMEND_PATH = "/v1/recommend"
+_MAX_REQUEST_ID = 128
+_NOTHING = Recommendation([], [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,42 @@ class Replica:
     zone: str
 
 
+@dataclass(slots=True)
+class _Asked:
+    """What the gateway says of a request, in headers that it lets no client set.
+
+    ``within_s``: how long it waits for this attempt. ``compared``: a shadow gets a copy too. ``shadow``: this is the
+    copy. A client that reaches this server beside the gateway gains nothing by them but an answer that earns no
+    impression.
+    """
+
+    within_s: float = math.inf
+    compared: bool = False
+    shadow: bool = False
+    request_id: str = ""
+
+    @staticmethod
+    def of(scope: Scope) -> _Asked:
+        asked = _Asked()
+        for name, value in scope["headers"]:
+            if name == b"x-envoy-expected-rq-timeout-ms":
+                asked.within_s = _within_s(value)
+            elif name == b"x-endcap-compare":
+                asked.compared = value == b"1"
+            elif name == b"x-endcap-shadow":
+                asked.shadow = value == b"1"
+            elif name == b"x-request-id" and len(value) <= _MAX_REQUEST_ID:
+                asked.request_id = value.decode("latin-1")
+        return asked
+
+
 class ServerApp:
-    """ASGI. Answers 503 until :meth:`open` was called with a loaded package, and on readiness while draining."""
+    """ASGI. Answers 503 until :meth:`open` was called with a loaded package, and on readiness while draining.
+
+    Args:
+        impression_key: None: answers carry no impression.
+        answers: where answers that a comparator will look at are logged; None: nowhere.
+    """
 
     def __init__(
         self,
@@ -43,6 +80,7 @@ class ServerApp:
         pool: Pool,
         *,
         impression_key: bytes | None,
+        answers: AnswerLog | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.draining = False
@@ -50,6 +88,7 @@ class ServerApp:
         self._replica = replica
         self._pool = pool
         self._key = impression_key
+        self._answers = answers
         self._now_s = now_s
         self._service: Service | None = None
         self._headers: Headers = (
@@ -71,9 +110,10 @@ class ServerApp:
             return
         path: str = scope["path"]
         if path == RECOMMEND_PATH:
-            await self._measured("recommend", scope, receive, send)
+            asked = _Asked.of(scope)
+            await self._measured("shadow" if asked.shadow else "recommend", asked, scope, receive, send)
         elif path.startswith("/v2/models/") and path.endswith("/infer"):
-            await self._measured("infer", scope, receive, send)
+            await self._measured("infer", _Asked.of(scope), scope, receive, send)
         else:
             await self._look(path, scope, send)
 
@@ -82,9 +122,10 @@ class ServerApp:
         headers = self._draining_headers if self.draining else self._headers
         await asgi.send_answer(send, status, body, (*headers, *more) if more else headers, content_type=content_type)
 
-    async def _measured(self, route: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _measured(self, route: str, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request of a model and count it, whatever happens."""
         begun_s = time.perf_counter()
+        recommended = _NOTHING
         try:
             if scope["method"] != "POST":
                 await self._send(send, 405, self._error(route, _method_error("POST")), (b"allow", b"POST"))
@@ -95,9 +136,10 @@ class ServerApp:
             if service is None:
                 raise NotReadyError("the model is being verified and loaded", where="server",
                                     next_step="try another replica, or later")  # fmt: skip
-            within_s = _within_s(scope)
-            answer = await (self._recommend(service, body, within_s) if route == "recommend"
-                            else self._infer(service, scope["path"], body, within_s))  # fmt: skip
+            if route == "infer":
+                answer = await self._infer(service, scope["path"], body, asked.within_s)
+            else:
+                answer, recommended = await self._recommend(service, body, asked)
             status, outcome = 200, "answered"
         except ConnectionError:
             return
@@ -112,22 +154,26 @@ class ServerApp:
             answer = self._error(route, EndcapError("a fault of the server", where=route))
         await self._send(send, status, answer)
         self.metrics.attempts[route, outcome].inc()
-        self.metrics.latency[route].observe(time.perf_counter() - begun_s)
+        took_s = time.perf_counter() - begun_s
+        self.metrics.latency[route].observe(took_s)
+        if self._answers is not None and asked.compared and asked.request_id and route != "infer":
+            self._answers.add(LoggedAnswer(asked.request_id, self._replica.version, asked.shadow, status,
+                                           round(took_s * 1000, 3), recommended.items, recommended.scores))  # fmt: skip
 
-    async def _recommend(self, service: Service, body: bytes, within_s: float) -> bytes:
+    async def _recommend(self, service: Service, body: bytes, asked: _Asked) -> tuple[bytes, Recommendation]:
         request = parse_request(body, max_k=service.manifest.top_k)
-        answer = await service.recommend(request, self._pool, within_s=within_s)
-        if answer.fallback is not None:
+        answer = await service.recommend(request, self._pool, within_s=asked.within_s)
+        if answer.fallback is not None and not asked.shadow:
             self.metrics.popular.inc()
         token: str | None = None
-        if self._key is not None:
+        if self._key is not None and not asked.shadow:
             _, token = impressions.mint(
                 self._key, version=self._replica.version, shopper=request.shopper, now_s=self._now_s()
             )
         return orjson.dumps({
             "items": answer.items, "scores": answer.scores, "version": self._replica.version,
             "impression": token, "fallback": answer.fallback,
-        })  # fmt: skip
+        }), answer  # fmt: skip
 
     async def _infer(self, service: Service, path: str, body: bytes, within_s: float) -> bytes:
         if self._model(service, path, "/infer") is None:
@@ -150,6 +196,7 @@ class ServerApp:
             await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
         elif path == "/metrics":
             self.metrics.in_flight.set(self._pool.waiting)
+            self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
         elif path in ("/v2", "/v2/"):
             await self._send(send, 200, oip.server_metadata(self._replica.version))
@@ -186,12 +233,9 @@ def _method_error(allowed: str) -> InputError:
     return InputError("method not allowed", where="method", next_step=f"use {allowed}")
 
 
-def _within_s(scope: Scope) -> float:
+def _within_s(value: bytes) -> float:
     """How long the gateway waits for this attempt, as Envoy says; it has given up on what takes longer."""
-    for name, value in scope["headers"]:
-        if name == b"x-envoy-expected-rq-timeout-ms":
-            return int(value) / 1000 if value.isdigit() and 0 < len(value) < 10 and int(value) else math.inf
-    return math.inf
+    return int(value) / 1000 if value.isdigit() and 0 < len(value) < 10 and int(value) else math.inf
 
 
 def _status(error: EndcapError) -> tuple[int, str]:

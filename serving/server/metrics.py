@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 __all__ = ["LATENCY_BUCKETS_S", "ROUTES", "ServerMetrics"]
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-ROUTES = ("recommend", "infer")
+ROUTES = ("recommend", "infer", "shadow")
+"""``shadow``: copies of requests for recommendations, of whose answers no shopper sees anything."""
 OUTCOMES = ("answered", "refused", "failed", "timed_out", "shed")
 
 
@@ -40,6 +41,7 @@ class ServerMetrics:
         self.verification_s = gauge("verification_seconds", "Time to verify the package's signature and digests.")
         self.load_s = gauge("load_seconds", "Time to load and warm the graph.")
         self.ready = gauge("ready", "1 while the server is ready.")
+        self.answers_dropped = gauge("answers_dropped", "Answers that the answers log's disk was too slow or full for.")
         self.in_flight = gauge("in_flight", "Runs of the graph that are waiting or running.")
 
     def text(self) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import orjson
 import pytest
 
 from endcap.processes import free_port
@@ -190,3 +191,31 @@ def test_without_a_package_argument_it_says_how_to_call_it() -> None:
     ended = run_to_end(["-m", "serving.server"])
     assert ended.returncode == 2
     assert "usage: python -m serving.server" in ended.stderr
+
+
+def test_answers_to_compared_requests_are_on_disk_while_it_serves_and_after_it_ended(
+    folder: Path, tmp_path: Path
+) -> None:
+    port, answers = free_port(), tmp_path / "answers.jsonl"
+    with started(arguments(folder, port, "--answers", str(answers)), port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+
+        def ask_compared(request_id: str, **headers: str) -> str | None:
+            headers = {"x-request-id": request_id, "x-endcap-compare": "1", **headers}
+            body = {"shopper": "1", "history": ["104"]}
+            answer = httpx.post(program.url + "/v1/recommend", json=body, headers=headers, timeout=30.0).json()
+            impression: str | None = answer["impression"]
+            return impression
+
+        assert ask_compared("id-1") is not None
+        wait_until(lambda: b"id-1" in answers.read_bytes(), "the answer is logged")
+        assert ask_compared("id-2", **{"x-endcap-shadow": "1"}) is None
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(30) == 0
+    found = [orjson.loads(line) for line in answers.read_bytes().splitlines()]
+    assert [(one["request_id"], one["version"], one["shadow"], one["code"]) for one in found] == [
+        ("id-1", "2", False, 200), ("id-2", "2", True, 200),
+    ]  # fmt: skip
+    ended = run_to_end(arguments(folder, 0, "--answers", str(answers / "below")))
+    assert ended.returncode != 0
+    assert ended.stderr.count("\n") == 1

@@ -70,13 +70,13 @@ _RECENT_KEEP, _LONG_IN_RECENT = 1 - 1 / _RECENT_LOOKS, _LONG_LOOKS / _RECENT_LOO
 _TROUBLE_DEVIATIONS, _TROUBLE_EVENTS = 3.0, 1.0
 """Control is in trouble when its recent bad events exceed their mean by so many standard deviations and events."""
 
-_CONTROL_STEPS = ((0.15, 1.0), (0.27, 1.0), (0.48, 1.0), (0.86, 1.0), (1.5, 1.0), (2.5, 0.7), (4.0, 0.5))
-_GOAL_STEPS = ((0.3, 0.6), (0.6, 0.8), (1.1, 1.0), (1.8, 1.0), (2.6, 1.0), (3.6, 0.7))
+_CONTROL_STEPS = ((0.22, 1.0), (0.45, 1.0), (0.9, 1.0), (1.6, 0.7), (3.0, 0.3))
+_GOAL_STEPS = ((0.5, 0.5), (1.3, 0.8), (2.3, 1.0), (3.4, 1.0))
 _BETTER_STEPS = ((0.03, 1.0), (0.06, 1.0), (0.12, 1.0), (0.24, 1.0), (0.5, 0.7), (1.0, 0.5))
 """How far beyond the line the alternatives lie, in log-odds, each with its weight: from a hint to a catastrophe."""
-_PASS_FRACTIONS = ((0.6, 0.3), (1.0, 0.5), (1.6, 0.2))
+_PASS_FRACTIONS = ((0.6, 0.3), (1.0, 0.7))
 """Where between the line (0) and control's own share (1) a canary that is good enough is supposed to be."""
-_CONTROL_WEIGHT = 0.6
+_CONTROL_WEIGHT = 0.55
 """Weight of "worse than control" in the mean of the two fail e-processes; "worse than its goal" has the rest."""
 
 
@@ -114,8 +114,11 @@ class Bets:
         safe = np.where(slope > 0, slope, 1.0)
         self._low = np.where(slope > 0, np.clip((_FLOOR - constant) / safe, _FLOOR, 1 - _FLOOR), _FLOOR)
         self._high = np.where(slope > 0, np.clip((1 - _FLOOR - constant) / safe, _FLOOR, 1 - _FLOOR), 1 - _FLOOR)
-        self._slope_side = slope * side
         self._room, self._room_slope = (1 + side) / 2, -side  # 1 - x where side is +1, x where it is -1
+        # Constants as arrays: on small arrays an operation on two of one shape costs half of one with a number.
+        self._one, self._one_odds, self._zero = np.ones(self.shape), np.ones(steps.shape), np.zeros(self.shape)
+        self._least, self._greatest = np.full(self.shape, _FLOOR), np.full(self.shape, 1 - _FLOOR)
+        self._tiny, self._greatest_stake = np.full(self.shape, 1e-12), np.full(self.shape, _GREATEST_STAKE)
 
     def start(self, batch: tuple[int, ...], expected: Floats) -> BetsState:
         """``expected``: control's bad share before any data, of each objective."""
@@ -132,22 +135,22 @@ class Bets:
         ``fractions`` lead to; ``usual_ratio``: canary's events for one of control's, lately; ``ratio``: in this look;
         ``canary``, ``control``: bad and good events of this look.
         """
-        slope, constant, cut = self._slope, self._constant, self._steps
+        slope, constant, one, cut = self._slope, self._constant, self._one, self._steps
         a = wanted[..., None]
         line = slope * a
         line += constant
-        np.clip(line, _FLOOR, 1 - _FLOOR, out=line)
+        np.minimum(line, self._greatest, out=line)
+        np.maximum(line, self._least, out=line)
         b = np.empty_like(line)
         first = line[..., :cut]
         scaled = first * self._odds_less_one
-        scaled += 1
+        scaled += self._one_odds
         np.divide(first * self._odds, scaled, out=b[..., :cut])
         if cut < self.shape[-1]:
             rest = b[..., cut:]
             np.subtract(towards[..., None], line[..., cut:], out=rest)
             rest *= self._fractions
             rest += line[..., cut:]
-            np.clip(rest, _FLOOR, 1 - _FLOOR, out=rest)
 
         x, steps = state.x, 1 if state.settled else _FIRST_STEPS
         state.settled = True
@@ -156,9 +159,9 @@ class Bets:
         y = slope * x
         y += constant
         for _ in range(steps):
-            v_y = 1 - y
+            v_y = one - y
             v_y *= y
-            pull = 1 - x
+            pull = one - x
             pull *= x
             pull *= leaning
             np.multiply(v_y, a, out=x)
@@ -170,75 +173,76 @@ class Bets:
             np.minimum(x, self._high, out=x)
             np.multiply(slope, x, out=y)
             y += constant
-        # (x, y) is on the line; the stake q, and with it r, keeps b beyond it and a inside (0, 1).
-        rest_y = 1 - y
+
+        # The stake on canary's events moves y to b; it is cut where control's share a would leave (0, 1).
+        rest_x, rest_y = one - x, one - y
         stake = b
         stake -= y
         stake *= self._side
-        v_y = y * rest_y
-        stake /= v_y
-        np.maximum(stake, 0, out=stake)
-        weight = self._slope_side * ratio[..., None]
-        bound = np.abs(weight)
-        rest_x = 1 - x
-        room = self._room_slope * x
-        room += self._room
-        bound *= room
-        bound += 1e-12
-        np.divide(_GREATEST_STAKE, bound, out=bound)
-        np.minimum(stake, bound, out=stake)
-        r = weight
-        r *= stake
+        stake /= np.multiply(y, rest_y, out=v_y)
+        np.maximum(stake, self._zero, out=stake)
+        against = np.multiply(slope, ratio[..., None], out=aim)
+        bound = np.multiply(self._room_slope, x, out=pull)
+        bound += self._room
+        bound *= against
+        bound += self._tiny
+        np.minimum(stake, np.divide(self._greatest_stake, bound, out=bound), out=stake)
         q = stake
         q *= self._side
-        canary_bad, canary_good = canary
-        control_bad, control_good = control
-        # (1 + q (1 - y)), (1 - q y), (1 - r (1 - x)), (1 + r x), with r here for minus the proof's.
+        r = against  # of the other sign than the proof's
+        r *= q
         rest_y *= q
         gain = np.log1p(rest_y, out=rest_y)
-        gain *= canary_bad[..., None]
-        y *= q
-        np.negative(y, out=y)
-        np.log1p(y, out=y)
-        y *= canary_good[..., None]
-        gain += y
+        gain *= canary[0][..., None]
+        q *= y
+        np.log1p(np.negative(q, out=q), out=q)
+        q *= canary[1][..., None]
+        gain += q
         rest_x *= r
-        np.negative(rest_x, out=rest_x)
-        np.log1p(rest_x, out=rest_x)
-        rest_x *= control_bad[..., None]
+        np.log1p(np.negative(rest_x, out=rest_x), out=rest_x)
+        rest_x *= control[0][..., None]
         gain += rest_x
-        np.multiply(r, x, out=r)
+        r *= x
         np.log1p(r, out=r)
-        r *= control_good[..., None]
+        r *= control[1][..., None]
         gain += r
         return gain
 
 
 @dataclass
 class State:
-    """All that a rollout's tests remember: of constant size. Changed in place by :meth:`Kernel.update`."""
+    """All that a rollout's tests remember: of constant size. Changed in place by :meth:`Kernel.update`.
+
+    All arrays are [..., objectives] but ``bets`` and ``peak``. ``recent_*`` are exponentially weighted over about ten
+    looks, ``usual_share`` (control's bad share, beginning at the goal's) over about 600.
+    """
 
     bets: BetsState
-    control: Floats
-    """[..., objectives, 2]: control's bad and all events so far."""
-    recent: Floats
-    """[..., objectives, 3]: exponentially weighted over the last looks: control's bad and all events, canary's all."""
-    usual: Floats
-    """[..., objectives]: control's bad share, exponentially weighted over many looks; it begins at the goal's."""
+    control_bad: Floats
+    control_total: Floats
+    recent_bad: Floats
+    recent_total: Floats
+    recent_canary: Floats
+    usual_share: Floats
     peak: Floats
     """[..., objectives, 5]: the greatest value so far of each e-process: FAIL, CONTROL, GOAL, PASS, BETTER."""
 
     def copy(self) -> State:
-        return State(self.bets.copy(), self.control.copy(), self.recent.copy(), self.usual.copy(), self.peak.copy())
+        return State(
+            self.bets.copy(), self.control_bad.copy(), self.control_total.copy(), self.recent_bad.copy(),
+            self.recent_total.copy(), self.recent_canary.copy(), self.usual_share.copy(), self.peak.copy(),
+        )  # fmt: skip
 
     def take(self, rows: NDArray[np.intp] | Bools) -> State:
         """The state of some of the runs of a batch."""
-        return State(self.bets.take(rows), self.control[rows], self.recent[rows], self.usual[rows], self.peak[rows])
+        return State(
+            self.bets.take(rows), self.control_bad[rows], self.control_total[rows], self.recent_bad[rows],
+            self.recent_total[rows], self.recent_canary[rows], self.usual_share[rows], self.peak[rows],
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.bets.log_e, self.bets.x, self.control, self.recent, self.usual, self.peak)
-        return sum(array.nbytes for array in arrays)
+        return self.bets.log_e.nbytes + self.bets.x.nbytes + 6 * self.control_bad.nbytes + self.peak.nbytes
 
 
 class Kernel:
@@ -262,6 +266,7 @@ class Kernel:
         self.objectives = tuple(objectives)
         self.primary = None if primary is None else [objective.name for objective in objectives].index(primary)
         self.bad_goals: Floats = np.array([1 - objective.goal for objective in objectives])
+        self._prior_bad = _PRIOR_EVENTS * self.bad_goals
         ordered = columns[0]
         steps = sum(bet.test is not PASS for bet in ordered)
         self._bets = Bets(
@@ -282,37 +287,50 @@ class Kernel:
         )
 
     def start(self, batch: tuple[int, ...] = ()) -> State:
-        m = len(self.objectives)
+        shape = (*batch, len(self.objectives))
         return State(
-            self._bets.start(batch, self.bad_goals), np.zeros((*batch, m, 2)), np.zeros((*batch, m, 3)),
-            np.broadcast_to(self.bad_goals, (*batch, m)).copy(), np.zeros((*batch, m, 5)),
+            self._bets.start(batch, self.bad_goals), np.zeros(shape), np.zeros(shape), np.zeros(shape),
+            np.zeros(shape), np.zeros(shape), np.broadcast_to(self.bad_goals, shape).copy(), np.zeros((*shape, 5)),
         )  # fmt: skip
 
     def update(
         self, state: State, canary_bad: Floats, canary_total: Floats, control_bad: Floats, control_total: Floats
     ) -> None:
         """One more look: counts of events since the last one, floats of shape [..., objectives]."""
-        recent, usual, seen = state.recent, state.usual, state.control
-        recent *= _RECENT_KEEP
-        recent[..., 0] += control_bad
-        recent[..., 1] += control_total
-        recent[..., 2] += canary_total
-        calm = _calm(recent, np.maximum(usual, self.bad_goals))
-        usual += (control_bad - control_total * usual) / (_LONG_IN_RECENT * recent[..., 1] + _NONE)
-        wanted = _PRIOR_EVENTS * self.bad_goals + seen[..., 0]
-        wanted /= seen[..., 1] + _PRIOR_EVENTS
-        np.clip(wanted, _FLOOR, 1 - _FLOOR, out=wanted)
+        calm = self._follow_control(state, control_bad, control_total)
+        state.recent_canary *= _RECENT_KEEP
+        state.recent_canary += canary_total
+        wanted = state.control_bad + self._prior_bad
+        wanted /= state.control_total + _PRIOR_EVENTS
         gain = self._bets.update(
-            state.bets, wanted, wanted, recent[..., 2] / (recent[..., 1] + _NONE), canary_total / (control_total + _NONE),
-            (canary_bad, canary_total - canary_bad), (control_bad, control_total - control_bad),
+            state.bets, wanted, wanted, state.recent_canary / (state.recent_total + _NONE),
+            canary_total / (control_total + _NONE), (canary_bad, canary_total - canary_bad),
+            (control_bad, control_total - control_bad),
         )  # fmt: skip
         gain[..., self._goal_bets] *= calm[..., None]
-        seen[..., 0] += control_bad
-        seen[..., 1] += control_total
+        state.control_bad += control_bad
+        state.control_total += control_total
         log_e = state.bets.log_e
         log_e += gain
         np.minimum(log_e, _GREATEST_LOG, out=log_e)
         np.maximum(state.peak, np.exp(log_e, out=gain) @ self._weights, out=state.peak)
+
+    def _follow_control(self, state: State, bad: Floats, total: Floats) -> Bools:
+        """Where control's recent bad events, this look's included, are no more than its usual share explains."""
+        state.recent_bad *= _RECENT_KEEP
+        state.recent_bad += bad
+        state.recent_total *= _RECENT_KEEP
+        state.recent_total += total
+        explained = np.maximum(state.usual_share, self.bad_goals)
+        explained *= state.recent_total
+        spread = np.sqrt(explained)
+        spread *= _TROUBLE_DEVIATIONS
+        explained += spread
+        explained += _TROUBLE_EVENTS
+        change = bad - total * state.usual_share
+        change /= _LONG_IN_RECENT * state.recent_total + _NONE
+        state.usual_share += change
+        return np.asarray(state.recent_bad <= explained)
 
     def failed(self, state: State, alpha: float) -> Bools:
         """[..., objectives]: which are shown to be bad, at ``alpha`` shared over all of them."""
@@ -324,13 +342,6 @@ class Kernel:
         if self.primary is not None:
             shown[..., self.primary] = state.peak[..., self.primary, BETTER] >= 1 / beta
         return np.asarray(shown)
-
-
-def _calm(recent: Floats, usual: Floats) -> Floats:
-    """1 where control's recent bad events are no more than its usual share explains, 0 where it is in trouble."""
-    explained = recent[..., 1] * usual
-    explained += _TROUBLE_DEVIATIONS * np.sqrt(explained) + _TROUBLE_EVENTS
-    return np.asarray(recent[..., 0] <= explained, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 The package folder may hold ``behaviour.json``: ``fail_every`` (every n-th request is answered 500), ``stall_every``
 (every n-th never is), ``reset_every`` (every n-th: the connection is cut), ``slow_ms``, ``refuse`` (exit code 3 at
-start), ``crash`` (exit code 7 at start), ``never_ready``. It is read again when it changes.
+start), ``crash`` (exit code 7 at start), ``never_ready``, ``log`` (each request's x-endcap-* and host headers become
+a line of ``seen.jsonl`` there). It is read again when it changes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ class Replica:
         path = self.package / "behaviour.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
+    def log(self, scope: dict[str, Any]) -> None:
+        names = ("host", "x-request-id")
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        kept = {name: value for name, value in headers.items() if name in names or name.startswith("x-endcap-")}
+        with (self.package / "seen.jsonl").open("a") as file:
+            file.write(json.dumps(kept) + "\n")
+
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
@@ -44,6 +52,8 @@ class Replica:
             status = 503 if behaviour.get("never_ready") else 200
         else:
             self.seen += 1
+            if behaviour.get("log"):
+                self.log(scope)
             if behaviour.get("slow_ms"):
                 await asyncio.sleep(behaviour["slow_ms"] / 1000)
             if _hits(behaviour, "stall_every", self.seen):
@@ -79,6 +89,7 @@ def main() -> int:
     parser.add_argument("--zone", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--impression-key", type=Path)
+    parser.add_argument("--answers", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.parse_args()
     app = Replica(options.version, options.zone, options.package)

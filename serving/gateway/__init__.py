@@ -2,10 +2,19 @@
 
 from serving.gateway.admin import AdminClient, HostHealth
 from serving.gateway.envoy import Envoy
-from serving.gateway.logs import AttemptCounts, Tail, Tally
-from serving.gateway.settings import Endpoint, GatewaySettings, VersionEndpoints, cluster_name, weights
+from serving.gateway.logs import Mark, Tail, Tally, TallyCounts, VersionCounts
+from serving.gateway.settings import (
+    Copies,
+    Endpoint,
+    GatewaySettings,
+    Routing,
+    VersionEndpoints,
+    cluster_name,
+    shadow_name,
+    weights,
+)
 
 __all__ = [
-    "AdminClient", "AttemptCounts", "Endpoint", "Envoy", "GatewaySettings", "HostHealth", "Tail", "Tally",
-    "VersionEndpoints", "cluster_name", "weights",
+    "AdminClient", "Copies", "Endpoint", "Envoy", "GatewaySettings", "HostHealth", "Mark", "Routing",
+    "Tail", "Tally", "TallyCounts", "VersionCounts", "VersionEndpoints", "cluster_name", "shadow_name", "weights",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from endcap.files import JsonLines, write_json
 from endcap.processes import last_line, spawn, stop
 from serving.gateway import xds
 from serving.gateway.admin import AdminClient
-from serving.gateway.settings import Endpoint, GatewaySettings, VersionEndpoints
+from serving.gateway.settings import Endpoint, GatewaySettings, Routing, VersionEndpoints
 
 __all__ = ["Envoy"]
 
@@ -57,7 +57,7 @@ class Envoy:
     def prepare(self) -> None:
         """The files of a gateway that serves nothing yet, over those of an earlier run."""
         xds_version = next(self._versions)
-        write_json(xds.routes_file(self.settings), xds.routes(self.settings, {}, version=xds_version))
+        write_json(xds.routes_file(self.settings), xds.routes(self.settings, Routing(), version=xds_version))
         write_json(xds.clusters_file(self.settings), xds.clusters(self.settings, [], None, version=xds_version))
 
     async def start(self, *, deadline_s: float = 10.0) -> None:
@@ -103,31 +103,33 @@ class Envoy:
                 raise TargetError(f"the gateway was not ready after {deadline_s:g} s", where=self._log)
             await asyncio.sleep(_POLL_S)
 
-    async def set_routes(self, weights: Mapping[str, int], *, deadline_s: float = 5.0) -> None:
-        """Put weights in force, in their order; returns when Envoy has taken them.
+    async def set_routes(self, routing: Routing, *, deadline_s: float = 5.0) -> None:
+        """Put ``routing`` in force; returns when Envoy has taken it.
 
         Raises:
-            TargetError: Envoy refused them (with its reason) or did not take them in time.
+            TargetError: Envoy refused it (with its reason) or did not take it in time.
         """
-        version = await self.write_routes(weights)
+        version = await self.write_routes(routing)
         ends_at = time.monotonic() + deadline_s
         while True:
             status = await self.admin.routes()
             if status.version == version:
                 return
             if time.monotonic() > ends_at:
-                raise TargetError(f"the gateway did not take the new shares: {status.refused or 'no answer'}")
+                raise TargetError(f"the gateway did not take the new routes: {status.refused or 'no answer'}")
             await asyncio.sleep(_POLL_S)
 
-    async def write_routes(self, weights: Mapping[str, int]) -> str:
-        """Hand weights to the gateway without waiting; returns the version to look for."""
+    async def write_routes(self, routing: Routing) -> str:
+        """Hand ``routing`` to the gateway without waiting; returns the version to look for."""
         version = next(self._versions)
-        document = xds.routes(self.settings, weights, version=version)
+        document = xds.routes(self.settings, routing, version=version)
         await asyncio.to_thread(write_json, xds.routes_file(self.settings), document)
         return version
 
-    async def set_clusters(self, labels: Sequence[str], feedback: Endpoint | None) -> None:
-        document = xds.clusters(self.settings, labels, feedback, version=next(self._versions))
+    async def set_clusters(
+        self, labels: Sequence[str], feedback: Endpoint | None, *, shadow: str | None = None
+    ) -> None:
+        document = xds.clusters(self.settings, labels, feedback, shadow=shadow, version=next(self._versions))
         await asyncio.to_thread(write_json, xds.clusters_file(self.settings), document)
 
     async def set_endpoints(self, replicas: VersionEndpoints) -> None:

@@ -6,18 +6,22 @@ A canary that fails a quarter of its attempts fails about one shopper in a hundr
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 import orjson
 
 from endcap.errors import from_os_error
 from serving.gateway.settings import label_of
 
-__all__ = ["Attempt", "AttemptCounts", "Outcome", "Tail", "Tally", "parse_attempt", "parse_outcome"]
+__all__ = [
+    "Attempt", "Mark", "Outcome", "Tail", "Tally", "TallyCounts", "VersionCounts", "parse_attempt", "parse_outcome",
+]  # fmt: skip
 
 _SHOPPER_ROUTES = frozenset({"recommend", "infer"})
 
@@ -103,26 +107,53 @@ def parse_outcome(line: bytes) -> Outcome | None:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptCounts:
-    """Attempts of one version so far; ``within_ms``: answered ones in at most that time, by threshold."""
+class VersionCounts:
+    """One version so far. ``good`` of ``total`` attempts were answered, ``within_ms`` of them in at most that time, by
+    threshold; ``requests_good`` of ``requests_total`` requests that the gateway gave it were answered in the end."""
 
     good: int = 0
     total: int = 0
     within_ms: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    requests_good: int = 0
+    requests_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TallyCounts:
+    """All that a :class:`Tally` has counted. ``damaged_lines``: lines that could not be read; a gateway killed in the
+    middle of a write leaves one."""
+
+    versions: Mapping[str, VersionCounts] = field(default_factory=lambda: MappingProxyType({}))
+    outcomes_good: int = 0
+    outcomes_total: int = 0
+    damaged_lines: int = 0
+
+
+@dataclass(slots=True)
+class _Running:
+    within_ms: dict[int, int]
+    good: int = 0
+    total: int = 0
+    requests_good: int = 0
+    requests_total: int = 0
 
 
 class Tally:
-    """Cumulative counts by version, fed with log lines as they come."""
+    """Cumulative counts by version, fed with log lines as they come. ``begin``: what was counted before."""
 
-    def __init__(self, thresholds_ms: Sequence[int] = ()) -> None:
+    def __init__(self, thresholds_ms: Sequence[int] = (), *, begin: TallyCounts | None = None) -> None:
+        begin = begin or TallyCounts()
         self._thresholds = tuple(sorted(set(thresholds_ms)))
-        self._good: dict[str, int] = {}
-        self._total: dict[str, int] = {}
-        self._within: dict[str, dict[int, int]] = {}
-        self.outcomes_good = 0
-        self.outcomes_total = 0
-        self.damaged_lines = 0
-        """Lines that could not be read: a gateway killed in the middle of a write leaves one."""
+        self._versions = {
+            label: _Running(
+                {ms: counts.within_ms.get(ms, 0) for ms in self._thresholds},
+                counts.good, counts.total, counts.requests_good, counts.requests_total,
+            )
+            for label, counts in begin.versions.items()
+        }  # fmt: skip
+        self.outcomes_good = begin.outcomes_good
+        self.outcomes_total = begin.outcomes_total
+        self.damaged_lines = begin.damaged_lines
 
     def add_attempts(self, lines: Iterable[bytes]) -> None:
         for line in lines:
@@ -146,41 +177,66 @@ class Tally:
             self.outcomes_total += 1
             self.outcomes_good += attempt.answered
             label = label_of(attempt.cluster)
-            if label is not None and "UH" in attempt.flags and attempt.host is None:
+            if label is None:
+                continue
+            version = self._version(label)
+            version.requests_total += 1
+            version.requests_good += attempt.answered
+            if "UH" in attempt.flags and attempt.host is None:
                 # None of the version's replicas could be tried: no line among the attempts tells of it.
                 self._count(label, attempt)
 
-    def _count(self, label: str, attempt: Attempt) -> None:
-        self._total[label] = self._total.get(label, 0) + 1
-        within = self._within.setdefault(label, dict.fromkeys(self._thresholds, 0))
-        self._good.setdefault(label, 0)
-        if attempt.answered:
-            self._good[label] += 1
-            for threshold in self._thresholds:
-                within[threshold] += attempt.duration_ms <= threshold
+    def _version(self, label: str) -> _Running:
+        version = self._versions.get(label)
+        if version is None:
+            version = self._versions[label] = _Running(dict.fromkeys(self._thresholds, 0))
+        return version
 
-    def versions(self) -> dict[str, AttemptCounts]:
+    def _count(self, label: str, attempt: Attempt) -> None:
+        version = self._version(label)
+        version.total += 1
+        if attempt.answered:
+            version.good += 1
+            for threshold in self._thresholds:
+                version.within_ms[threshold] += attempt.duration_ms <= threshold
+
+    def versions(self) -> dict[str, VersionCounts]:
         return {
-            label: AttemptCounts(self._good[label], total, MappingProxyType(dict(self._within[label])))
-            for label, total in self._total.items()
+            label: VersionCounts(v.good, v.total, dict(v.within_ms), v.requests_good, v.requests_total)
+            for label, v in self._versions.items()
         }
+
+    def counts(self) -> TallyCounts:
+        return TallyCounts(self.versions(), self.outcomes_good, self.outcomes_total, self.damaged_lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a file was read: its inode (None: no file was seen yet) and the bytes of its whole lines."""
+
+    inode: int | None = None
+    offset: int = 0
 
 
 class Tail:
     """New whole lines of a file that another process appends to.
 
     A torn last line waits for its rest; a file that was replaced or cut is read from its beginning; one that is not
-    there yet is empty.
+    there yet is empty. What was left to read in a file that was rotated to ``<name>.1`` is read first.
     """
 
-    def __init__(self, path: Path, *, offset: int = 0) -> None:
+    def __init__(self, path: Path, *, offset: int = 0, inode: int | None = None) -> None:
         self.path = path
         self._offset = offset
         """After the last whole line: what is torn is read again, since its writer may die and it be cut off."""
-        self._inode: int | None = None
+        self._inode = inode
 
-    def lines(self, *, chunk_bytes: int = 1 << 20) -> list[bytes]:
-        """The lines completed since the last call.
+    @property
+    def mark(self) -> Mark:
+        return Mark(self._inode, self._offset)
+
+    def lines(self, *, chunk_bytes: int = 1 << 20, at_most_bytes: int | None = None) -> list[bytes]:
+        """The lines completed since the last call; with ``at_most_bytes`` about so many of them, the rest later.
 
         Raises:
             StorageError: the file is there and cannot be read.
@@ -189,17 +245,34 @@ class Tail:
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                if (self._inode is not None and status.st_ino != self._inode) or status.st_size < self._offset:
+                if self._inode is not None and status.st_ino != self._inode:
+                    self._finish_rotated(found, chunk_bytes)
+                    self._offset = 0
+                elif status.st_size < self._offset:
                     self._offset = 0
                 self._inode = status.st_ino
-                file.seek(self._offset)
-                rest = b""
-                while chunk := file.read(chunk_bytes):
-                    *whole, rest = (rest + chunk).split(b"\n")
-                    self._offset += sum(len(line) + 1 for line in whole)
-                    found.extend(line for line in whole if line)
+                self._take(file, found, chunk_bytes, at_most_bytes)
         except FileNotFoundError:
             return found
         except OSError as error:
             raise from_os_error(error, doing=f"reading {self.path}") from error
         return found
+
+    def _finish_rotated(self, found: list[bytes], chunk_bytes: int) -> None:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self.path.with_name(f"{self.path.name}.1").open("rb") as file,
+        ):
+            if os.fstat(file.fileno()).st_ino == self._inode:
+                self._take(file, found, chunk_bytes, None)
+
+    def _take(self, file: BinaryIO, found: list[bytes], chunk_bytes: int, at_most_bytes: int | None) -> None:
+        begin = self._offset
+        file.seek(begin)
+        rest = b""
+        while chunk := file.read(chunk_bytes):
+            *whole, rest = (rest + chunk).split(b"\n")
+            self._offset += sum(len(line) + 1 for line in whole)
+            found.extend(line for line in whole if line)
+            if at_most_bytes is not None and self._offset - begin >= at_most_bytes:
+                return

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from endcap.errors import InputError
 
-__all__ = ["TOTAL_WEIGHT", "Endpoint", "GatewaySettings", "VersionEndpoints", "cluster_name", "label_of", "weights"]
+__all__ = [
+    "TOTAL_WEIGHT", "Copies", "Endpoint", "GatewaySettings", "Routing", "VersionEndpoints", "cluster_name", "label_of",
+    "shadow_name", "weights",
+]  # fmt: skip
 
 TOTAL_WEIGHT = 10_000
 """Weights sum to this, always, so that a share is exact to a hundredth of a percent and sticky routing stays stable."""
 
 _PREFIX = "version-"
+_SHADOW_PREFIX = "shadow-"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,6 +35,29 @@ class VersionEndpoints:
 
     label: str
     endpoints: tuple[Endpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Copies of ``share`` of the requests for recommendations go to version ``label`` too."""
+
+    label: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which version a request goes to. ``weights`` by version label, in their order: see :func:`weights`.
+
+    With a sticky header or cookie (never both) a request that has it gets its version by the hash of its value,
+    else by chance. A hash's place among the ranges of the weights never changes while their sum does not: of two
+    neighbours one grows into the other, and nobody else moves.
+    """
+
+    weights: Mapping[str, int] = field(default_factory=dict)
+    sticky_header: str | None = None
+    sticky_cookie: str | None = None
+    copies: Copies | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +98,13 @@ class GatewaySettings:
     upstream_idle_s: float = 3.0
     """Shorter than any model server's keep-alive (uvicorn's default: 5 s), so that a server never closes a connection
     under a request, which would count as a failed attempt of its version."""
+    shadow_concurrency: int = 8
+    """Copies that a shadow may have open, and as many that wait: what is more is not sent, however slow it is."""
     version_header: str = "x-endcap-version"
+    compare_header: str = "x-endcap-compare"
+    """Set on a request that a shadow gets a copy of, and on the copy: both servers then log their answers."""
+    shadow_header: str = "x-endcap-shadow"
+    """Set on the copy alone."""
 
     def patient_for(self, thresholds_ms: Sequence[int]) -> GatewaySettings:
         """These settings, with tries long enough to tell whether an answer keeps to each threshold."""
@@ -92,6 +125,11 @@ class GatewaySettings:
 def cluster_name(label: str) -> str:
     """The Envoy cluster of a model version: ``version-7``."""
     return _PREFIX + label
+
+
+def shadow_name(label: str) -> str:
+    """The Envoy cluster that copies for a model version go to; its requests are nobody's attempts."""
+    return _SHADOW_PREFIX + label
 
 
 def label_of(cluster: str | None) -> str | None:

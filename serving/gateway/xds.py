@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from serving.gateway.settings import Endpoint, GatewaySettings, VersionEndpoints, cluster_name
+from serving.gateway.settings import (
+    Copies,
+    Endpoint,
+    GatewaySettings,
+    Routing,
+    VersionEndpoints,
+    cluster_name,
+    shadow_name,
+)
 
 __all__ = ["JsonObject", "JsonValue", "bootstrap", "clusters", "endpoints", "endpoints_file", "routes"]
 
@@ -175,34 +183,68 @@ def _retry_policy(retries: int, try_timeout_s: float, *, other_host: bool, base_
     return policy
 
 
-def routes(settings: GatewaySettings, weights: Mapping[str, int], *, version: str) -> JsonObject:
-    """The routes with ``weights`` by version label, in the caller's order; 503 when there are none."""
-    action: JsonObject
-    if weights:
-        split: list[JsonValue] = [
-            {
-                "name": cluster_name(label),
-                "weight": weight,
-                # Said by the gateway too, so that an error that Envoy itself answers names its version.
-                "response_headers_to_add": [
-                    {
-                        "header": {"key": settings.version_header, "value": label},
-                        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
-                    }
-                ],
-            }
-            for label, weight in weights.items()
-        ]
-        action = {
-            "route": {
-                "weighted_clusters": {"clusters": split},
-                "timeout": _seconds(settings.request_timeout_s),
-                "retry_policy": _retry_policy(settings.retries, settings.try_timeout_s, other_host=True, base_s=0.005),
-            }
+def _set_header(name: str, value: str) -> JsonObject:
+    return {"header": {"key": name, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+
+
+def _split(settings: GatewaySettings, routing: Routing) -> JsonObject:
+    """The route action that gives each version its share."""
+    clusters: list[JsonValue] = [
+        {
+            "name": cluster_name(label),
+            "weight": weight,
+            # Said by the gateway too, so that an error that Envoy itself answers names its version.
+            "response_headers_to_add": [_set_header(settings.version_header, label)],
         }
+        for label, weight in routing.weights.items()
+    ]
+    weighted: JsonObject = {"clusters": clusters}
+    action: JsonObject = {
+        "weighted_clusters": weighted,
+        "timeout": _seconds(settings.request_timeout_s),
+        "retry_policy": _retry_policy(settings.retries, settings.try_timeout_s, other_host=True, base_s=0.005),
+    }
+    if routing.sticky_header is not None:
+        weighted["use_hash_policy"] = True
+        action["hash_policy"] = [{"header": {"header_name": routing.sticky_header}}]
+    elif routing.sticky_cookie is not None:
+        weighted["use_hash_policy"] = True
+        action["hash_policy"] = [{"cookie": {"name": routing.sticky_cookie}}]
+    return action
+
+
+def _copied(settings: GatewaySettings, split: JsonObject, copies: Copies) -> JsonObject:
+    """The route for the requests that a shadow gets a copy of; it stands before the one for all the others.
+
+    Envoy compares one random number with this fraction and with the weights. In millionths a whole percent is a
+    multiple of the weights' sum, so which version answers a copied request stays by chance.
+    """
+    fraction: JsonObject = {"numerator": round(copies.share * 1_000_000), "denominator": "MILLION"}
+    mirror: JsonObject = {
+        "cluster": shadow_name(copies.label),
+        "request_headers_mutations": [{"append": _set_header(settings.shadow_header, "1")}],
+        "disable_shadow_host_suffix_append": True,
+    }
+    return {
+        "name": "recommend",
+        "match": {"path": "/v1/recommend", "runtime_fraction": {"default_value": fraction}},
+        "route": {**split, "request_mirror_policies": [mirror]},
+        "request_headers_to_add": [_set_header(settings.compare_header, "1")],
+    }
+
+
+def routes(settings: GatewaySettings, routing: Routing, *, version: str) -> JsonObject:
+    """The routes that ``routing`` asks for; 503 when no version has a weight."""
+    served: list[JsonValue] = []
+    action: JsonObject
+    if routing.weights:
+        split = _split(settings, routing)
+        action = {"route": split}
+        if routing.copies is not None:
+            served.append(_copied(settings, split, routing.copies))
     else:
         action = {"direct_response": {"status": 503, "body": {"inline_string": "no version has a share\n"}}}
-    served: list[JsonValue] = [
+    served += [
         {"name": "recommend", "match": {"path": "/v1/recommend"}, **action},
         {"name": "infer", "match": {"path": "/v2"}, **action},
         {"name": "infer", "match": {"prefix": "/v2/"}, **action},
@@ -220,9 +262,18 @@ def routes(settings: GatewaySettings, weights: Mapping[str, int], *, version: st
         },
         {"name": "healthz", "match": {"path": "/healthz"}, "direct_response": {"status": 200}},
     ]
+    shop: JsonObject = {
+        "name": "shop",
+        "domains": ["*"],
+        "routes": served,
+        # Only the gateway says what is a copy: else a client could have its answers unminted, or logs filled.
+        "request_headers_to_remove": [settings.compare_header, settings.shadow_header],
+    }
     table: JsonObject = {
         "name": ROUTES,
-        "virtual_hosts": [{"name": "shop", "domains": ["*"], "routes": served}],
+        "virtual_hosts": [shop],
+        # The host's rule first, then the route's: what a client sent is gone before the gateway adds its own.
+        "most_specific_header_mutations_wins": True,
         # Envoy passes over routes that equal those it has, and with them their version, which set_routes waits for.
         "metadata": {"filter_metadata": {"endcap": {"version": version}}},
     }
@@ -304,11 +355,32 @@ def _version_cluster(settings: GatewaySettings, label: str) -> JsonObject:
     }
 
 
+def _shadow_cluster(settings: GatewaySettings, label: str) -> JsonObject:
+    """The version's replicas once more, for copies: few at a time, never twice, and no replica is put out for them."""
+    cluster = _version_cluster(settings, label)
+    del cluster["outlier_detection"]
+    at_most = settings.shadow_concurrency
+    limits: JsonObject = {
+        "max_connections": at_most, "max_pending_requests": at_most, "max_requests": at_most, "max_retries": 0,
+    }  # fmt: skip
+    return {
+        **cluster,
+        "name": shadow_name(label),
+        "eds_cluster_config": {
+            "eds_config": _watched(endpoints_file(settings, label)), "service_name": cluster_name(label),
+        },
+        "circuit_breakers": {"thresholds": [limits]},
+    }  # fmt: skip
+
+
 def clusters(
-    settings: GatewaySettings, labels: Sequence[str], feedback: Endpoint | None, *, version: str
-) -> JsonObject:
-    """A cluster for each version in ``labels`` and one for the feedback collector."""
+    settings: GatewaySettings, labels: Sequence[str], feedback: Endpoint | None, *, shadow: str | None = None,
+    version: str,
+) -> JsonObject:  # fmt: skip
+    """A cluster for each version in ``labels``, one for copies to ``shadow``, one for the feedback collector."""
     found = [_version_cluster(settings, label) for label in labels]
+    if shadow is not None:
+        found.append(_shadow_cluster(settings, shadow))
     if feedback is not None:
         # No health checks: there is one collector, and trying it is the check.
         found.append(

@@ -9,16 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from endcap.documents import describe_validation
 from endcap.errors import InputError, StateError
 from endcap.files import read_json, write_json
+from serving.targets.base import StickyKey
 
 __all__ = [
-    "CONFIG_FILE", "FAILED_FILE", "STATE_FILE", "TARGET_FILE", "Kept", "KeptVersion", "StableVersion",
-    "SupervisorConfig", "TargetFile", "read_config", "read_state", "write_state",
+    "CONFIG_FILE", "FAILED_FILE", "STATE_FILE", "TARGET_FILE", "Kept", "KeptShadow", "KeptSticky", "KeptVersion",
+    "StableVersion", "SupervisorConfig", "TargetFile", "read_config", "read_state", "write_state",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
 TARGET_FILE = "target.json"
 FAILED_FILE = "failed.json"
+NAME = r"^[A-Za-z0-9_-]{1,64}$"
+"""A header's or a cookie's name."""
 LABEL = r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 
 
@@ -84,6 +87,37 @@ class KeptVersion(_Model):
     replicas_per_zone: int = Field(ge=1)
 
 
+class KeptSticky(_Model):
+    """A :class:`~serving.targets.base.StickyKey` in a file or a message: exactly one of the two."""
+
+    header: str | None = Field(default=None, pattern=NAME)
+    cookie: str | None = Field(default=None, pattern=NAME)
+
+    @model_validator(mode="after")
+    def _one(self) -> KeptSticky:
+        if (self.header is None) == (self.cookie is None):
+            raise ValueError("a sticky key is a header or a cookie")
+        return self
+
+    @staticmethod
+    def of(key: StickyKey | None) -> KeptSticky | None:
+        """Raises InputError when it is not one name."""
+        if key is None:
+            return None
+        try:
+            return KeptSticky(header=key.header, cookie=key.cookie)
+        except ValidationError as error:
+            raise InputError(describe_validation(error), where="sticky",
+                             next_step="name one header or one cookie") from error  # fmt: skip
+
+
+class KeptShadow(_Model):
+    """``share`` of the requests is copied to version ``label``."""
+
+    label: str
+    share: float = Field(gt=0, le=1)
+
+
 class Kept(_Model):
     """``F/state.json``: what a supervisor that starts again resumes with. Only what was achieved is in it."""
 
@@ -93,6 +127,8 @@ class Kept(_Model):
     versions: tuple[KeptVersion, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     """In the order of the routes."""
+    sticky: KeptSticky | None = None
+    shadow: KeptShadow | None = None
     gateway_port: int = 0
     attempts_offset: int = Field(default=0, ge=0)
     access_offset: int = Field(default=0, ge=0)
@@ -105,6 +141,8 @@ class Kept(_Model):
             raise ValueError(f"format {self.format} is unknown")
         if any(label not in known for label, _ in self.shares):
             raise ValueError("a version has a share and is not among the versions")
+        if self.shadow is not None and self.shadow.label not in known:
+            raise ValueError("the shadow is not among the versions")
         return self
 
     def version(self, label: str) -> KeptVersion | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Protocol, TypeVar
@@ -19,7 +20,7 @@ from starlette.routing import Route
 
 from endcap.documents import describe_validation
 from endcap.errors import BusyError, CapacityError, EndcapError, FencedError, InputError, VerificationError
-from serving.targets.wire import AcquireRequest, RetireRequest, SharesRequest
+from serving.targets.wire import AcquireRequest, RetireRequest, ShadowRequest, SharesRequest
 
 __all__ = ["Control", "control_app", "serve_control"]
 
@@ -33,8 +34,9 @@ class Control(Protocol):
     async def acquire(self, request: AcquireRequest) -> BaseModel: ...
     async def ensure_capacity(self, request: SharesRequest) -> None: ...
     async def set_shares(self, request: SharesRequest) -> None: ...
+    async def set_shadow(self, request: ShadowRequest) -> None: ...
     async def retire(self, request: RetireRequest) -> None: ...
-    async def observe(self) -> BaseModel: ...
+    async def observe(self, shoppers_since_s: float | None) -> BaseModel: ...
     async def state(self) -> BaseModel: ...
 
 
@@ -81,11 +83,14 @@ def control_app(control: Control, token: str) -> Starlette:
     async def shares(request: Request) -> None:
         await control.set_shares(await body(request, SharesRequest))
 
+    async def shadow(request: Request) -> None:
+        await control.set_shadow(await body(request, ShadowRequest))
+
     async def retire(request: Request) -> None:
         await control.retire(await body(request, RetireRequest))
 
-    async def observe(_: Request) -> BaseModel:
-        return await control.observe()
+    async def observe(request: Request) -> BaseModel:
+        return await control.observe(_since_s(request.query_params.get("shoppers_since_s")))
 
     async def state(_: Request) -> BaseModel:
         return await control.state()
@@ -95,11 +100,22 @@ def control_app(control: Control, token: str) -> Starlette:
             Route("/v1/acquire", endpoint(acquire), methods=["POST"]),
             Route("/v1/capacity", endpoint(capacity), methods=["POST"]),
             Route("/v1/shares", endpoint(shares), methods=["POST"]),
+            Route("/v1/shadow", endpoint(shadow), methods=["POST"]),
             Route("/v1/retire", endpoint(retire), methods=["POST"]),
             Route("/v1/observe", endpoint(observe), methods=["GET"]),
             Route("/v1/state", endpoint(state), methods=["GET"]),
         ]
     )
+
+
+def _since_s(given: str | None) -> float | None:
+    try:
+        since_s = None if given is None else float(given)
+    except ValueError:
+        since_s = math.nan
+    if since_s is not None and not math.isfinite(since_s):
+        raise InputError(f"{given} is not a time", where="shoppers_since_s", next_step="give Unix time in seconds")
+    return since_s
 
 
 class _Server(uvicorn.Server):

@@ -21,13 +21,14 @@ from pydantic import BaseModel, ValidationError
 from endcap.errors import EndcapError, InputError, StateError, TargetError
 from endcap.files import read_json, write_json
 from endcap.processes import last_line, spawn, stop
-from serving.targets.base import ModelVersion, Observation
+from serving.targets.base import ModelVersion, Observation, StickyKey
 from serving.targets.config import CONFIG_FILE, FAILED_FILE, TARGET_FILE, SupervisorConfig, TargetFile
 from serving.targets.wire import (
     AcquireReply,
     AcquireRequest,
     ObservationReply,
     RetireRequest,
+    ShadowRequest,
     SharesRequest,
     StateReply,
 )
@@ -85,14 +86,19 @@ class LocalTarget:
     def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
         self._ask("POST", "/v1/capacity", SharesRequest.of(shares, token), within_s=_REPLICAS_S)
 
-    def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
-        self._ask("POST", "/v1/shares", SharesRequest.of(shares, token))
+    def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
+        self._ask("POST", "/v1/shares", SharesRequest.of(shares, token, sticky=sticky))
+
+    def set_shadow(self, version: ModelVersion | None, *, share: float = 0.0, token: int) -> None:
+        label = None if version is None else version.label
+        self._ask("POST", "/v1/shadow", ShadowRequest(token=token, label=label, share=share))
 
     def retire(self, label: str, *, token: int) -> None:
         self._ask("POST", "/v1/retire", RetireRequest(token=token, label=label), within_s=_REPLICAS_S)
 
-    def observe(self) -> Observation:
-        return ObservationReply.model_validate_json(self._ask("GET", "/v1/observe")).to_domain()
+    def observe(self, *, shoppers_since_s: float | None = None) -> Observation:
+        path = "/v1/observe" if shoppers_since_s is None else f"/v1/observe?shoppers_since_s={shoppers_since_s!r}"
+        return ObservationReply.model_validate_json(self._ask("GET", path)).to_domain()
 
     def state(self) -> StateReply:
         """What the supervisor is doing: token, shares, versions, replicas, process ids."""

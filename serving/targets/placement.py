@@ -18,12 +18,12 @@ from endcap.errors import (
     TargetError,
     VerificationError,
 )
-from serving.gateway import Envoy, cluster_name, weights
+from serving.gateway import Copies, Envoy, Routing, cluster_name, shadow_name, weights
 from serving.targets.base import ModelVersion
 from serving.targets.collector import Collector
-from serving.targets.config import Kept, KeptVersion, SupervisorConfig, write_state
+from serving.targets.config import Kept, KeptShadow, KeptVersion, SupervisorConfig, write_state
 from serving.targets.fleet import Fleet, Slot, TargetEvent
-from serving.targets.wire import AcquireReply, AcquireRequest, RetireRequest, SharesRequest
+from serving.targets.wire import AcquireReply, AcquireRequest, RetireRequest, ShadowRequest, SharesRequest
 
 __all__ = ["Placement"]
 
@@ -58,6 +58,7 @@ class Placement:
         self._writing = asyncio.Lock()
         self._placing = asyncio.Lock()
         self._clustered: list[str] = []
+        self._shadow_clustered: str | None = None
         self._unpublished: set[str] = set()
 
     # The beginning
@@ -68,17 +69,20 @@ class Placement:
         Raises:
             VerificationError, CapacityError, TargetError: it cannot be served.
         """
-        await self._place_clusters([])
+        await self._place_clusters([], shadow=None)
         if self.kept.versions:
             await self._resume()
         elif stable is not None:
             await self._grow({stable: 1.0}, self.kept.token)
-            await self._share({stable.label: 1.0})
+            async with self._writing:
+                await self._route(shares=((stable.label, 1.0),))
 
     async def _resume(self) -> None:
         """Bring back what was served. A version with a share and no replica at all is a failure; fewer are not."""
-        shares = dict(self.kept.shares)
-        await self._place_clusters([version.label for version in self.kept.versions])
+        shares, shadow = dict(self.kept.shares), self.kept.shadow
+        await self._place_clusters(
+            [version.label for version in self.kept.versions], shadow=None if shadow is None else shadow.label
+        )
         for version in self.kept.versions:
             self.fleet.add(ModelVersion(version.label, version.package), version.replicas_per_zone)
         for label in (label for label, share in shares.items() if share > 0):
@@ -90,7 +94,7 @@ class Placement:
                     raise
                 log.warning("version %s resumes with fewer replicas: %s", label, error)
         if shares:
-            await self._envoy.set_routes(weights(shares))
+            await self._envoy.set_routes(_routing(self.kept))
 
     def save(self, **changes: object) -> None:
         kept = self.kept.model_copy(update=changes)
@@ -99,13 +103,13 @@ class Placement:
 
     # The gateway's files
 
-    async def _place_clusters(self, labels: list[str]) -> None:
-        """The gateway's clusters are ``labels``; each one's replicas are written first."""
+    async def _place_clusters(self, labels: list[str], *, shadow: str | None) -> None:
+        """The gateway's clusters are ``labels``, one of them for copies too; each one's replicas are written first."""
         async with self._placing:
             for label in labels:
                 await self._envoy.set_endpoints(self.fleet.endpoints(label))
-            await self._envoy.set_clusters(labels, self._collector.at)
-            self._clustered = labels
+            await self._envoy.set_clusters(labels, self._collector.at, shadow=shadow)
+            self._clustered, self._shadow_clustered = labels, shadow
 
     async def _publish(self, label: str) -> None:
         if label not in self._clustered:
@@ -155,7 +159,7 @@ class Placement:
             fresh = [version.label for version in needs if version.label not in before]
             added = [slot for version, count in needs.items() for slot in self.fleet.add(version, count)]
             try:
-                await self._place_clusters(before + fresh)
+                await self._place_clusters(before + fresh, shadow=self._shadow_clustered)
                 wanted = [
                     self.fleet.slots[version.label, zone, index]
                     for version, count in needs.items()
@@ -176,7 +180,7 @@ class Placement:
         for slot in leaving:
             self.fleet.slots.pop((slot.version.label, slot.zone, slot.index), None)
         try:
-            await self._place_clusters(clusters)
+            await self._place_clusters(clusters, shadow=self._shadow_clustered)
         except StorageError as error:  # the first error is the one to report; without a share nobody is sent there
             log.error("%s", error)
         await self.fleet.remove(leaving)
@@ -201,7 +205,10 @@ class Placement:
             self._fence(request.token)
             for label in given:
                 self._need_replicas(label)
-            await self._share(shares)
+            await self._route(
+                shares=tuple((label, share) for label, share in shares.items() if share > 0), sticky=request.sticky
+            )
+        self._emit(TargetEvent("shares_set", detail=" ".join(f"{k}={v / 100:g}%" for k, v in given.items())))
 
     def _need_replicas(self, label: str) -> None:
         if self.kept.version(label) is None:
@@ -222,21 +229,76 @@ class Placement:
                 raise CapacityError(f"no replica of version {label} is healthy", where=self._config.folder / "logs")
             await asyncio.sleep(0.05)
 
-    async def _share(self, shares: Mapping[str, float]) -> None:
-        before = self.kept.shares
-        given = weights(shares)
-        self.save(shares=tuple((label, share) for label, share in shares.items() if share > 0))
+    async def _route(self, **changes: object) -> None:
+        """Keep ``changes`` and put the routes they make in force: both, or neither. The caller holds ``_writing``."""
+        before = self.kept
+        self.save(**changes)
         try:
-            await self._envoy.set_routes(given)
+            await self._envoy.set_routes(_routing(self.kept))
         except EndcapError:
-            # Neither a gateway nor a supervisor that starts again must find shares that nobody was told are in force.
+            # Neither a gateway nor a supervisor that starts again must find routes that nobody was told are in force.
             with contextlib.suppress(StorageError):
-                await self._envoy.write_routes(weights(dict(before)) if before else {})
-            self.save(shares=before)
+                await self._envoy.write_routes(_routing(before))
+            self.save(**{name: getattr(before, name) for name in changes})
             raise
-        self._emit(TargetEvent("shares_set", detail=" ".join(f"{k}={v / 100:g}%" for k, v in given.items())))
+
+    async def set_shadow(self, request: ShadowRequest) -> None:
+        """Copies go where ``request`` says once this returns; a second call with the same changes nothing."""
+        self._fence(request.token)
+        async with self._growing:
+            self._fence(request.token)
+            if request.label is None:
+                await self._end_shadow(request.token)
+                return
+            if request.share <= 0:
+                raise InputError("a shadow needs a share", next_step="give it one, or end the shadow")
+            shadow = KeptShadow(label=request.label, share=request.share)
+            if shadow == self.kept.shadow:
+                return
+            await self._until_one_is_healthy(shadow.label, request.token)
+            before = self._shadow_clustered
+            if before != shadow.label:
+                await self._end_shadow(request.token)
+                before = None
+            try:
+                await self._place_clusters(self._clustered, shadow=shadow.label)
+                await self._until_copies_can_go(shadow.label, request.token)
+                async with self._writing:
+                    self._fence(request.token)
+                    self._need_replicas(shadow.label)
+                    await self._route(shadow=shadow)
+            except BaseException:
+                with contextlib.suppress(StorageError):
+                    await asyncio.shield(self._place_clusters(self._clustered, shadow=before))
+                raise
+        self._emit(TargetEvent("shadow_set", shadow.label, detail=f"{shadow.share * 100:g}% of the requests"))
+
+    async def _until_copies_can_go(self, label: str, token: int) -> None:
+        """The gateway has the shadow's cluster with a healthy replica: a copy dropped now would look like a failure."""
+        ends_at = time.monotonic() + _HEALTHY_WAIT_S
+        while True:
+            self._fence(token)
+            with contextlib.suppress(TargetError):  # a gateway that is being started again
+                if any(host.cluster == shadow_name(label) and host.healthy for host in await self._envoy.admin.hosts()):
+                    return
+            if time.monotonic() > ends_at:
+                raise CapacityError(f"no replica of version {label} is healthy for copies",
+                                    where=self._config.folder / "logs")  # fmt: skip
+            await asyncio.sleep(0.02)
+
+    async def _end_shadow(self, token: int) -> None:
+        """No copies any more. The caller holds ``_growing``."""
+        shadow = self.kept.shadow
+        if shadow is not None:
+            async with self._writing:
+                self._fence(token)
+                await self._route(shadow=None)
+            self._emit(TargetEvent("shadow_ended", shadow.label))
+        if self._shadow_clustered is not None:
+            await self._place_clusters(self._clustered, shadow=None)
 
     async def retire(self, request: RetireRequest) -> None:
+        """Copies to the version end first; then it has no share, no replicas and no cluster."""
         label = request.label
         async with self._writing:
             self._fence(request.token)
@@ -244,13 +306,17 @@ class Placement:
                 return
             if dict(self.kept.shares).get(label, 0) > 0:
                 raise TargetError(f"version {label} still has a share", next_step="give its share to another first")
+            if self.kept.shadow is not None and self.kept.shadow.label == label:
+                await self._route(shadow=None)
+                self._emit(TargetEvent("shadow_ended", label))
             self.save(versions=tuple(version for version in self.kept.versions if version.label != label))
         async with self._growing:
             if self.kept.version(label) is not None or label not in self._clustered:
                 return  # wanted again, or gone, meanwhile
             await self._drain(label)
             leaving = self.fleet.of(label)
-            await self._place_clusters([other for other in self._clustered if other != label])
+            shadow = None if self._shadow_clustered == label else self._shadow_clustered
+            await self._place_clusters([other for other in self._clustered if other != label], shadow=shadow)
             await self.fleet.remove(leaving)
         self._emit(TargetEvent("version_retired", label))
 
@@ -265,3 +331,14 @@ class Placement:
                 return
             quiet = quiet + 1 if active == 0 else 0
             await asyncio.sleep(0.05)
+
+
+def _routing(kept: Kept) -> Routing:
+    """The gateway's routes for what is kept."""
+    shares, sticky, shadow = dict(kept.shares), kept.sticky, kept.shadow
+    return Routing(
+        weights(shares) if shares else {},
+        sticky_header=None if sticky is None else sticky.header,
+        sticky_cookie=None if sticky is None else sticky.cookie,
+        copies=None if shadow is None else Copies(shadow.label, shadow.share),
+    )

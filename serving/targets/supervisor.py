@@ -23,7 +23,7 @@ from endcap.errors import EndcapError, StorageError, TargetError
 from endcap.files import FolderLock, JsonLines, write_json
 from endcap.processes import bind_to_parent
 from serving.asgi import listen
-from serving.gateway import AttemptCounts, Envoy, GatewaySettings, Tail, Tally
+from serving.gateway import Envoy, GatewaySettings, TallyCounts, VersionCounts
 from serving.impressions import ensure_key
 from serving.targets.base import Counts, ModelVersion, Observation, VersionObservation
 from serving.targets.children import exit_of
@@ -38,6 +38,7 @@ from serving.targets.config import (
     read_state,
 )
 from serving.targets.control import control_app, serve_control
+from serving.targets.counting import Counting
 from serving.targets.fleet import TargetEvent, backoff_s
 from serving.targets.placement import Placement
 from serving.targets.wire import (
@@ -46,6 +47,7 @@ from serving.targets.wire import (
     ObservationReply,
     ReplicaReply,
     RetireRequest,
+    ShadowRequest,
     SharesRequest,
     StateReply,
 )
@@ -54,6 +56,7 @@ __all__ = ["Supervisor", "main", "run_supervisor"]
 
 log = logging.getLogger("endcap.target")
 _LOG_READ_S = 1.0
+_LOG_KEEP_S = 3.0
 
 
 class Supervisor:
@@ -73,10 +76,8 @@ class Supervisor:
         self.envoy = Envoy(settings, log=config.folder / "logs" / "envoy.log")
         self.collector = Collector(config, impression_key=key, emit=self.emit)
         self.placement = Placement(config, kept, self.envoy, self.collector, impression_key=key, emit=self.emit)
-        self._attempts = Tail(settings.attempts_log, offset=kept.attempts_offset)
-        self._outcomes = Tail(settings.access_log, offset=kept.access_offset)
-        self._tally = Tally(config.thresholds_ms)
-        self._tally_lock = asyncio.Lock()
+        self._counting = Counting(config.folder, settings, config.thresholds_ms, kept)
+        self._damaged_lines = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._control_token = secrets.token_urlsafe(32)
         self._control_url = ""
@@ -132,6 +133,9 @@ class Supervisor:
         await self.envoy.stop()
         await self.placement.fleet.close()
         await self.collector.stop()
+        with contextlib.suppress(StorageError):
+            await self._read_logs()
+        await self._keep_counts()
         self._events.close()
 
     def _keep(self, work: Coroutine[None, None, None], name: str) -> None:
@@ -191,14 +195,24 @@ class Supervisor:
             await asyncio.sleep(self.config.health_poll_s)
 
     async def _watch_logs(self) -> None:
+        keep_at_s = time.monotonic() + _LOG_KEEP_S
         while True:
             await self._read_logs()
+            if time.monotonic() > keep_at_s:
+                await self._keep_counts()
+                keep_at_s = time.monotonic() + _LOG_KEEP_S
             await asyncio.sleep(_LOG_READ_S)
 
-    async def _read_logs(self) -> None:
-        async with self._tally_lock:
-            self._tally.add_attempts(await asyncio.to_thread(self._attempts.lines))
-            self._tally.add_outcomes(await asyncio.to_thread(self._outcomes.lines))
+    async def _read_logs(self) -> TallyCounts:
+        counts = await self._counting.read()
+        self._damaged_lines = counts.damaged_lines
+        return counts
+
+    async def _keep_counts(self) -> None:
+        try:
+            await self._counting.save()
+        except StorageError as error:  # the logs can be counted again
+            log.error("%s", error)
 
     # What may be asked of the target
 
@@ -211,35 +225,42 @@ class Supervisor:
     async def set_shares(self, request: SharesRequest) -> None:
         await self.placement.set_shares(request)
 
+    async def set_shadow(self, request: ShadowRequest) -> None:
+        await self.placement.set_shadow(request)
+
     async def retire(self, request: RetireRequest) -> None:
         await self.placement.retire(request)
 
-    async def observe(self) -> ObservationReply:
-        await self._read_logs()
-        impressions = (await self.collector.evidence()).versions
-        attempts = self._tally.versions()
+    async def observe(self, shoppers_since_s: float | None) -> ObservationReply:
+        counts = await self._read_logs()
+        seen = await self.collector.evidence(shoppers_since_s)
         kept = self.placement.kept
-        labels = {v.label for v in kept.versions} | set(attempts) | set(impressions)
+        labels = {version.label for version in kept.versions} | set(counts.versions) | set(seen.versions)
         observation = Observation(
             at_s=time.time(),
             shares=dict(kept.shares),
             versions={
-                label: self._observed(label, attempts.get(label), impressions.get(label)) for label in sorted(labels)
+                label: self._observed(
+                    label,
+                    counts.versions.get(label, VersionCounts()),
+                    seen.versions.get(label, VersionEvidence()),
+                )
+                for label in sorted(labels)
             },
-            outcomes=Counts(self._tally.outcomes_good, self._tally.outcomes_total),
+            outcomes=Counts(counts.outcomes_good, counts.outcomes_total),
+            window_s=seen.window_s,
         )
         return ObservationReply.of(observation)
 
-    def _observed(
-        self, label: str, attempts: AttemptCounts | None, impressions: VersionEvidence | None
-    ) -> VersionObservation:
-        counts, seen = attempts or AttemptCounts(), impressions or VersionEvidence()
+    def _observed(self, label: str, counts: VersionCounts, seen: VersionEvidence) -> VersionObservation:
         slots = self.placement.fleet.of(label)
         return VersionObservation(
             attempts=Counts(counts.good, counts.total),
             within_ms={ms: Counts(counts.within_ms.get(ms, 0), counts.good) for ms in self.config.thresholds_ms},
+            requests=Counts(counts.requests_good, counts.requests_total),
             impressions=Counts(seen.clicked, seen.closed),
             impressions_open=seen.open,
+            shoppers=Counts(seen.shoppers_clicked, seen.shoppers),
             ready_replicas=sum(slot.ready for slot in slots),
             replicas=len(slots),
         )
@@ -251,6 +272,8 @@ class Supervisor:
             holder=kept.holder,
             shares=kept.shares,
             versions={version.label: version.package for version in kept.versions},
+            sticky=kept.sticky,
+            shadow=kept.shadow,
             replicas=tuple(
                 ReplicaReply(
                     version=slot.version.label,
@@ -266,7 +289,7 @@ class Supervisor:
             ),
             gateway_pid=process.pid if process.poll() is None else None,
             feedback_pid=self.collector.pid,
-            damaged_lines=self._tally.damaged_lines,
+            damaged_lines=self._damaged_lines,
         )
 
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.targets.base import Counts, ModelVersion, Observation, VersionObservation
-from serving.targets.config import LABEL
+from serving.targets.base import (
+    Counts,
+    ModelVersion,
+    Observation,
+    ShadowObservation,
+    StickyKey,
+    VersionObservation,
+)
+from serving.targets.config import LABEL, KeptShadow, KeptSticky
 
 __all__ = [
     "AcquireReply",
@@ -16,6 +23,7 @@ __all__ = [
     "ObservationReply",
     "ReplicaReply",
     "RetireRequest",
+    "ShadowRequest",
     "SharesRequest",
     "StateReply",
 ]  # fmt: skip
@@ -44,11 +52,13 @@ class SharesRequest(_Model):
 
     token: int
     versions: tuple[VersionShare, ...] = Field(max_length=16)
+    sticky: KeptSticky | None = None
 
     @staticmethod
-    def of(shares: Mapping[ModelVersion, float], token: int) -> SharesRequest:
+    def of(shares: Mapping[ModelVersion, float], token: int, *, sticky: StickyKey | None = None) -> SharesRequest:
         return SharesRequest(
             token=token,
+            sticky=KeptSticky.of(sticky),
             versions=tuple(
                 VersionShare(label=version.label, package=version.package.absolute(), share=share)
                 for version, share in shares.items()
@@ -57,6 +67,14 @@ class SharesRequest(_Model):
 
     def to_domain(self) -> dict[ModelVersion, float]:
         return {ModelVersion(v.label, v.package): v.share for v in self.versions}
+
+
+class ShadowRequest(_Model):
+    """No ``label``: no copies."""
+
+    token: int
+    label: str | None = Field(default=None, pattern=LABEL)
+    share: float = Field(default=0.0, ge=0, le=1)
 
 
 class RetireRequest(_Model):
@@ -68,14 +86,77 @@ class CountsReply(_Model):
     good: int
     total: int
 
+    def to_domain(self) -> Counts:
+        return Counts(self.good, self.total)
+
 
 class VersionReply(_Model):
     attempts: CountsReply
     within_ms: dict[int, CountsReply]
+    requests: CountsReply
     impressions: CountsReply
     impressions_open: int
+    shoppers: CountsReply
+    measured: dict[str, CountsReply]
     ready_replicas: int
     replicas: int
+
+    @staticmethod
+    def of(seen: VersionObservation) -> VersionReply:
+        return VersionReply(
+            attempts=_counts(seen.attempts),
+            within_ms={ms: _counts(counts) for ms, counts in seen.within_ms.items()},
+            requests=_counts(seen.requests),
+            impressions=_counts(seen.impressions),
+            impressions_open=seen.impressions_open,
+            shoppers=_counts(seen.shoppers),
+            measured={name: _counts(counts) for name, counts in seen.measured.items()},
+            ready_replicas=seen.ready_replicas,
+            replicas=seen.replicas,
+        )
+
+    def to_domain(self) -> VersionObservation:
+        return VersionObservation(
+            attempts=self.attempts.to_domain(),
+            within_ms={ms: counts.to_domain() for ms, counts in self.within_ms.items()},
+            requests=self.requests.to_domain(),
+            impressions=self.impressions.to_domain(),
+            impressions_open=self.impressions_open,
+            shoppers=self.shoppers.to_domain(),
+            measured={name: counts.to_domain() for name, counts in self.measured.items()},
+            ready_replicas=self.ready_replicas,
+            replicas=self.replicas,
+        )
+
+
+class ShadowReply(_Model):
+    version: str
+    answered: CountsReply
+    within_ms: dict[int, CountsReply]
+    pairs: int
+    overlap: float
+    score_drift: float
+
+    @staticmethod
+    def of(seen: ShadowObservation) -> ShadowReply:
+        return ShadowReply(
+            version=seen.version,
+            answered=_counts(seen.answered),
+            within_ms={ms: _counts(counts) for ms, counts in seen.within_ms.items()},
+            pairs=seen.pairs,
+            overlap=seen.overlap,
+            score_drift=seen.score_drift,
+        )
+
+    def to_domain(self) -> ShadowObservation:
+        return ShadowObservation(
+            version=self.version,
+            answered=self.answered.to_domain(),
+            within_ms={ms: counts.to_domain() for ms, counts in self.within_ms.items()},
+            pairs=self.pairs,
+            overlap=self.overlap,
+            score_drift=self.score_drift,
+        )
 
 
 class ObservationReply(_Model):
@@ -83,42 +164,28 @@ class ObservationReply(_Model):
     shares: tuple[tuple[str, float], ...]
     versions: dict[str, VersionReply]
     outcomes: CountsReply
+    window_s: float | None
+    shadow: ShadowReply | None
 
     @staticmethod
     def of(observation: Observation) -> ObservationReply:
         return ObservationReply(
             at_s=observation.at_s,
             shares=tuple(observation.shares.items()),
-            versions={
-                label: VersionReply(
-                    attempts=_counts(seen.attempts),
-                    within_ms={ms: _counts(counts) for ms, counts in seen.within_ms.items()},
-                    impressions=_counts(seen.impressions),
-                    impressions_open=seen.impressions_open,
-                    ready_replicas=seen.ready_replicas,
-                    replicas=seen.replicas,
-                )
-                for label, seen in observation.versions.items()
-            },
+            versions={label: VersionReply.of(seen) for label, seen in observation.versions.items()},
             outcomes=_counts(observation.outcomes),
+            window_s=observation.window_s,
+            shadow=None if observation.shadow is None else ShadowReply.of(observation.shadow),
         )
 
     def to_domain(self) -> Observation:
         return Observation(
             at_s=self.at_s,
             shares=dict(self.shares),
-            versions={
-                label: VersionObservation(
-                    attempts=Counts(seen.attempts.good, seen.attempts.total),
-                    within_ms={ms: Counts(counts.good, counts.total) for ms, counts in seen.within_ms.items()},
-                    impressions=Counts(seen.impressions.good, seen.impressions.total),
-                    impressions_open=seen.impressions_open,
-                    ready_replicas=seen.ready_replicas,
-                    replicas=seen.replicas,
-                )
-                for label, seen in self.versions.items()
-            },
-            outcomes=Counts(self.outcomes.good, self.outcomes.total),
+            versions={label: seen.to_domain() for label, seen in self.versions.items()},
+            outcomes=self.outcomes.to_domain(),
+            window_s=self.window_s,
+            shadow=None if self.shadow is None else self.shadow.to_domain(),
         )
 
 
@@ -144,6 +211,8 @@ class StateReply(_Model):
     holder: str
     shares: tuple[tuple[str, float], ...]
     versions: dict[str, Path]
+    sticky: KeptSticky | None
+    shadow: KeptShadow | None
     replicas: tuple[ReplicaReply, ...]
     gateway_pid: int | None
     feedback_pid: int | None

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from endcap.errors import InputError
-from serving.gateway import Endpoint, GatewaySettings, VersionEndpoints, cluster_name, weights, xds
+from serving.gateway import Copies, Endpoint, GatewaySettings, Routing, VersionEndpoints, cluster_name, weights, xds
 from serving.gateway.settings import TOTAL_WEIGHT, label_of
 
 SETTINGS = GatewaySettings(Path("/run/xds"), Path("/run/records"))
@@ -56,7 +56,7 @@ def test_a_cluster_names_its_version_and_no_other_cluster_does() -> None:
 
 
 def test_routes_send_recommendations_to_versions_and_feedback_to_the_collector() -> None:
-    table = resource(xds.routes(SETTINGS, {"2": 500, "1": 9500}, version="3"))
+    table = resource(xds.routes(SETTINGS, Routing({"2": 500, "1": 9500}), version="3"))
     routes = {route["name"]: route for route in table["virtual_hosts"][0]["routes"]}
     for name in ("recommend", "infer"):
         split = routes[name]["route"]["weighted_clusters"]["clusters"]
@@ -65,14 +65,49 @@ def test_routes_send_recommendations_to_versions_and_feedback_to_the_collector()
     assert routes["healthz"]["direct_response"]["status"] == 200
 
 
+@pytest.mark.parametrize(
+    ("routing", "policy"),
+    [
+        (Routing({"1": 10_000}, sticky_header="x-shopper"), {"header": {"header_name": "x-shopper"}}),
+        (Routing({"1": 10_000}, sticky_cookie="shopper"), {"cookie": {"name": "shopper"}}),
+    ],
+)
+def test_a_sticky_key_is_hashed_on_every_route_to_a_version(routing: Routing, policy: object) -> None:
+    table = resource(xds.routes(SETTINGS, routing, version="1"))
+    actions = [
+        route["route"] for route in table["virtual_hosts"][0]["routes"] if route["name"] in ("recommend", "infer")
+    ]
+    assert len(actions) == 3
+    for action in actions:
+        assert action["weighted_clusters"]["use_hash_policy"] is True
+        assert action["hash_policy"] == [policy]
+
+
+def test_copies_have_a_route_of_their_own_before_the_other_and_a_small_cluster() -> None:
+    routing = Routing({"1": 10_000}, sticky_header="x-shopper", copies=Copies("2", 0.25))
+    first, second = resource(xds.routes(SETTINGS, routing, version="1"))["virtual_hosts"][0]["routes"][:2]
+    assert first["match"]["runtime_fraction"]["default_value"] == {"numerator": 250_000, "denominator": "MILLION"}
+    [mirror] = first["route"]["request_mirror_policies"]
+    assert mirror["cluster"] == "shadow-2"
+    # Copied or not, a request's version is decided by the same rule.
+    assert {k: v for k, v in first["route"].items() if k != "request_mirror_policies"} == second["route"]
+    document = json.loads(json.dumps(xds.clusters(SETTINGS, ["1", "2"], None, shadow="2", version="1")))
+    shadow = document["resources"][-1]
+    assert shadow["eds_cluster_config"]["service_name"] == "version-2"
+    [limits] = shadow["circuit_breakers"]["thresholds"]
+    assert max(limits.values()) <= 8
+    assert "outlier_detection" not in shadow
+    assert label_of(shadow["name"]) is None
+
+
 def test_routes_of_another_version_always_differ() -> None:
     # Envoy passes over routes equal to those in force and would never report the new version.
-    one, two = (resource(xds.routes(SETTINGS, {"1": 10_000}, version=version)) for version in ("1", "2"))
+    one, two = (resource(xds.routes(SETTINGS, Routing({"1": 10_000}), version=version)) for version in ("1", "2"))
     assert one != two
 
 
 def test_without_versions_shoppers_get_503_and_not_a_hung_connection() -> None:
-    table = resource(xds.routes(SETTINGS, {}, version="1"))
+    table = resource(xds.routes(SETTINGS, Routing(), version="1"))
     assert table["virtual_hosts"][0]["routes"][0]["direct_response"]["status"] == 503
 
 

@@ -59,6 +59,44 @@ def test_outcomes_count_what_shoppers_saw_and_no_health_or_feedback_requests() -
     assert (tally.outcomes_good, tally.outcomes_total) == (2, 3)
 
 
+def test_a_request_counts_once_for_its_version_however_often_it_was_retried() -> None:
+    tally = Tally()
+    tally.add_attempts([line(code=500), line(), line(code=500), line(code=500), line(code=500)])
+    tally.add_outcomes([
+        line(attempts=2), line(code=500, attempts=3), line(code=0, flags="DC", attempts=1),
+        line(cluster="version-1", code=404, attempts=1), line(cluster=None, code=503, route="recommend"),
+    ])  # fmt: skip
+    versions = tally.versions()
+    assert (versions["2"].requests_good, versions["2"].requests_total) == (1, 2)
+    assert (versions["1"].requests_good, versions["1"].requests_total) == (1, 1)
+    assert tally.outcomes_total == 4
+
+
+def test_copies_to_a_shadow_are_nobody_s_attempts_and_nobody_s_requests() -> None:
+    tally = Tally()
+    tally.add_attempts([line(cluster="shadow-2")])
+    tally.add_outcomes([line(cluster="shadow-2", attempts=1)])
+    assert tally.versions() == {}
+
+
+lines = st.builds(
+    line, cluster=st.sampled_from(["version-1", "version-2", "feedback"]), code=st.sampled_from([0, 200, 500]),
+    flags=st.sampled_from(["-", "UT", "DC", "UH"]), duration_ms=st.integers(0, 200), attempts=st.integers(0, 3),
+)  # fmt: skip
+
+
+@given(st.lists(lines, max_size=12), st.integers(0, 12))
+def test_a_tally_that_goes_on_from_what_was_counted_counts_the_same(found: list[bytes], cut: int) -> None:
+    whole, first = Tally([100]), Tally([100])
+    for tally, part in ((whole, found), (first, found[:cut])):
+        tally.add_attempts(part)
+        tally.add_outcomes(part)
+    second = Tally([100], begin=first.counts())
+    second.add_attempts(found[cut:])
+    second.add_outcomes(found[cut:])
+    assert second.counts() == whole.counts()
+
+
 def test_a_version_without_a_replica_to_try_fails_though_no_attempt_was_made() -> None:
     tally = Tally()
     tally.add_outcomes([line(code=503, flags="UH", host=None, attempts=1)])
@@ -143,6 +181,28 @@ def test_a_file_that_is_rotated_cut_or_not_there_yet(tmp_path: Path) -> None:
     assert tail.lines() == [b"three", b"four", b"five"]
     path.write_bytes(b"six\n")
     assert tail.lines() == [b"six"]
+
+
+def test_the_rest_of_a_rotated_file_is_read_before_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\n")
+    tail = Tail(path)
+    assert tail.lines() == [b"one"]
+    with path.open("ab") as file:
+        file.write(b"two\nthree\n")
+    path.rename(tmp_path / "log.1")
+    path.write_bytes(b"four\n")
+    assert tail.lines() == [b"two", b"three", b"four"]
+
+
+def test_a_tail_that_goes_on_from_its_mark(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntwo\nthree\n")
+    first = Tail(path)
+    assert first.lines(chunk_bytes=4, at_most_bytes=4) == [b"one"]
+    again = Tail(path, offset=first.mark.offset, inode=first.mark.inode)
+    assert again.lines(chunk_bytes=4, at_most_bytes=1) == [b"two"]
+    assert again.lines() == [b"three"]
 
 
 def test_a_tail_begins_where_it_is_told(tmp_path: Path) -> None:

@@ -17,8 +17,17 @@ from endcap.errors import (
     TargetError,
     VerificationError,
 )
-from serving.targets import Counts, ModelVersion, Observation, SupervisorConfig, VersionObservation, open_target
-from serving.targets.config import Kept, KeptVersion, read_config, read_state, write_state
+from serving.targets import (
+    Counts,
+    ModelVersion,
+    Observation,
+    ShadowObservation,
+    StickyKey,
+    SupervisorConfig,
+    VersionObservation,
+    open_target,
+)
+from serving.targets.config import Kept, KeptShadow, KeptSticky, KeptVersion, read_config, read_state, write_state
 from serving.targets.control import status_of
 from serving.targets.fleet import backoff_s
 from serving.targets.wire import ObservationReply, SharesRequest
@@ -33,10 +42,38 @@ def test_a_version_with_half_the_requests_or_more_has_two_replicas_a_zone() -> N
 
 def test_state_comes_back_as_it_was_kept(tmp_path: Path) -> None:
     version = KeptVersion(label="1", package=Path("/p"), replicas_per_zone=2)
-    kept = Kept(token=7, holder="rollout", versions=(version,), shares=(("1", 1.0),), gateway_port=80)
+    kept = Kept(
+        token=7, holder="rollout", versions=(version,), shares=(("1", 1.0),), gateway_port=80,
+        sticky=KeptSticky(header="x-endcap-shopper"), shadow=KeptShadow(label="1", share=0.5),
+    )  # fmt: skip
     write_state(tmp_path, kept)
     assert read_state(tmp_path) == kept
     assert read_state(tmp_path / "elsewhere") is None
+
+
+def test_a_state_from_before_stickiness_and_shadows_still_loads(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(
+        '{"format": 1, "token": 3, "holder": "x", "versions": [{"label": "1", "package": "/p",'
+        ' "replicas_per_zone": 1}], "shares": [["1", 1.0]], "gateway_port": 9,'
+        ' "attempts_offset": 5, "access_offset": 6}'
+    )
+    kept = read_state(tmp_path)
+    assert kept is not None
+    assert (kept.token, kept.sticky, kept.shadow) == (3, None, None)
+
+
+def test_a_shadow_that_is_no_version_is_a_damaged_state(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text('{"format": 1, "shadow": {"label": "9", "share": 0.5}}')
+    with pytest.raises(StateError, match=r"state\.json"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "key", [StickyKey(), StickyKey(header="a", cookie="b"), StickyKey(header="a b"), StickyKey(cookie="x" * 65)]
+)
+def test_a_sticky_key_is_one_name(key: StickyKey) -> None:
+    with pytest.raises(InputError, match="one header or one cookie"):
+        SharesRequest.of({ModelVersion("1", Path("/p")): 1.0}, 1, sticky=key)
 
 
 @given(st.binary(max_size=60))
@@ -67,12 +104,20 @@ def test_a_label_is_never_a_path(label: str) -> None:
 
 counts = st.builds(Counts, st.integers(0, 10**9), st.integers(0, 10**9))
 versions = st.builds(
-    VersionObservation, counts, st.dictionaries(st.integers(1, 60_000), counts, max_size=3), counts,
-    st.integers(0, 100), st.integers(0, 4), st.integers(0, 4),
+    VersionObservation, attempts=counts, within_ms=st.dictionaries(st.integers(1, 60_000), counts, max_size=3),
+    requests=counts, impressions=counts, impressions_open=st.integers(0, 100), shoppers=counts,
+    measured=st.dictionaries(st.text(max_size=3), counts, max_size=2), ready_replicas=st.integers(0, 4),
+    replicas=st.integers(0, 4),
+)  # fmt: skip
+shadows = st.builds(
+    ShadowObservation, version=st.text(max_size=3), answered=counts,
+    within_ms=st.dictionaries(st.integers(1, 60_000), counts, max_size=3), pairs=st.integers(0, 100),
+    overlap=st.floats(0, 1), score_drift=st.floats(0, 10),
 )  # fmt: skip
 observations = st.builds(
-    Observation, st.floats(0, 2e9), st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=3),
-    st.dictionaries(st.text(max_size=3), versions, max_size=3), counts,
+    Observation, at_s=st.floats(0, 2e9), shares=st.dictionaries(st.text(max_size=3), st.floats(0, 1), max_size=3),
+    versions=st.dictionaries(st.text(max_size=3), versions, max_size=3), outcomes=counts,
+    window_s=st.none() | st.floats(0.1, 1e6), shadow=st.none() | shadows,
 )  # fmt: skip
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import gevent  # type: ignore[import-untyped]
 from geventhttpclient import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
 
-__all__ = ["Answer", "Client"]
+__all__ = ["SHOPPER_HEADER", "Answer", "Client"]
+
+SHOPPER_HEADER = "x-endcap-shopper"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,19 @@ class Client:
             headers={"content-type": "application/json", "accept": "application/json"},
         )
 
-    def post(self, path: str, body: bytes, *, request_id: str) -> Answer:
-        """The answer, or what there was instead of one. Never raises for a failing service."""
+    def post(self, path: str, body: bytes, *, request_id: str, shopper: str | None = None) -> Answer:
+        """The answer, or what there was instead of one. Never raises for a failing service.
+
+        ``shopper``: sent as ``x-endcap-shopper``, by which the gateway keeps a shopper at a version. A header takes
+        no other characters than ASCII, and those of an id that are not plain are percent-encoded.
+        """
+        headers = {"x-request-id": request_id}
+        if shopper is not None:
+            headers[SHOPPER_HEADER] = quote(shopper, safe="", errors="surrogatepass")
         timer = gevent.Timeout.start_new(self._timeout_s)
         try:
             # POST is not idempotent, so the library does not send it again after it may have been received.
-            response = self._client.post(path, body=body, headers={"x-request-id": request_id})
+            response = self._client.post(path, body=body, headers=headers)
             return Answer(response.status_code, response.read())
         except gevent.Timeout as error:
             if error is not timer:

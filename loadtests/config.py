@@ -16,7 +16,9 @@ class LoadConfig:
     """One load.
 
     ``target``: the running target's folder (its ``target.json`` names the gateway), or ``url`` for any other
-    service that speaks the same two routes. ``shoppers``: the shoppers file. ``out``: the records folder.
+    service that speaks the same two routes. ``shoppers``: the shoppers file; a rollout counts each of them once, so
+    it needs as many as its verdict on clicks takes (see :func:`loadtests.shoppers.replay`). ``out``: the records
+    folder.
     ``rate_rps``: mean of the Poisson arrivals; ``duration_s`` None: until stopped.
     ``timeout_s``: a request without an answer after it has failed; clients never retry.
     ``objectives``: a file; its goals become thresholds that decide the exit code, unless ``thresholds`` is off.

@@ -193,7 +193,8 @@ class Session:
         fallback: str | None = None
         token: str | None = None
         try:
-            answer = self._client.post(RECOMMEND_PATH, self._body(shopper), request_id=request_id)
+            answer = self._client.post(RECOMMEND_PATH, self._body(shopper), request_id=request_id,
+                                       shopper=shopper.shopper)  # fmt: skip
             status, error = answer.status, answer.error
             if status == 200:
                 try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -40,6 +41,8 @@ class Shop:
     status: int = 200
     events: list[dict[str, str]] = field(default_factory=list)
     asked: int = 0
+    shoppers: list[tuple[str, str | None]] = field(default_factory=list)
+    """(in the body, in the header), request by request."""
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def shop() -> Iterator[Shop]:
                 shop.events.extend(document["events"])
             else:
                 shop.asked += 1
+                shop.shoppers.append((document["shopper"], self.headers["x-endcap-shopper"]))
                 time.sleep(shop.hold_s)  # what a stalled service does, not synchronisation
                 status = shop.status
                 token = base64.urlsafe_b64encode(b"\x01" + os.urandom(16) + b"x" * 49).rstrip(b"=").decode()
@@ -139,6 +143,19 @@ def test_stopped_by_hand_it_loses_nothing_and_clicks_like_a_shopper(
     assert len(clicked) == sum(record.clicked for record in asked)
     assert {event["item"] for event in clicked} == {"7"}
     assert len(records) - len(asked) == summary.feedback < len(shop.events)
+    assert all(header == body for body, header in shop.shoppers)
+    assert len({body for body, _ in shop.shoppers}) == 10
+
+
+def test_an_id_that_no_header_takes_is_sent_encoded(
+    shop: Shop, config: LoadConfig, start: Callable[[LoadConfig], LoadProcess]
+) -> None:
+    strange = ["a b", "x\r\ny-injected: 1", "\u00e9\u4e2d", "100%"]
+    config.shoppers.write_text("".join(json.dumps({"shopper": one, "history": []}) + "\n" for one in strange))
+    summary = finish(start(changed(config, duration_s=1.0)))
+    assert summary.failed == 0
+    assert len({header for _, header in shop.shoppers}) == len(strange)
+    assert all(header is not None and unquote(header) == body for body, header in shop.shoppers)
 
 
 def test_a_stalled_service_slows_no_arrival_and_hides_no_wait(

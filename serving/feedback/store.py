@@ -62,6 +62,7 @@ CREATE TABLE events (
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _NEVER_US = 1 << 62
 _MAX_SINCES = 8
+_ROWS_AT_ONCE = 20_000
 _Found = dict[str, tuple[int, int]]
 """By version label: how many, and how many of them were clicked."""
 
@@ -241,6 +242,29 @@ class FeedbackStore:
             (from_us, before_us),
         )
         return {version: (shown, clicked) for version, shown, clicked in rows}
+
+    def catch_up(self, now_us: int, *, shoppers_since_us: int) -> bool:
+        """Do a part of what :meth:`evidence` would do for a count that is not at hand; True when no more is left.
+
+        Between the parts events can be recorded: a long rollout after a restart is many.
+
+        Raises:
+            StorageError, StateError: as for ``evidence``.
+        """
+        horizon_us = closed_before_us(max(self._last_us, now_us), self.window_us)
+        running = self._shoppers.get(shoppers_since_us)
+        from_us = shoppers_since_us if running is None else running.before_us
+        try:
+            row = self._db.execute(
+                "SELECT issued_at_us FROM impressions INDEXED BY counted WHERE shown = 1 AND issued_at_us > ?"
+                " AND issued_at_us < ? ORDER BY issued_at_us LIMIT 1 OFFSET ?",
+                (from_us, horizon_us, _ROWS_AT_ONCE),
+            ).fetchone()
+            if row is not None:
+                self._shoppers_until(row[0], since_us=shoppers_since_us)
+        except sqlite3.Error as error:
+            raise _translate(error, self.path) from error
+        return row is None
 
     def _shoppers_until(self, horizon_us: int, *, since_us: int) -> _Found:
         """Shoppers whose first impression since ``since_us`` is closed, by that impression's version."""

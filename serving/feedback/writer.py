@@ -60,6 +60,7 @@ class Writer:
         self._now_us = now_us
         self._on_damage = on_damage
         self._on_commit = on_commit
+        self._catching_up: int | None = None  # the time asked from of the long count that is being made
         self._queue: queue.SimpleQueue[_Record | _Look | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="feedback-writer", daemon=True)
@@ -100,7 +101,7 @@ class Writer:
             self._commit([entry for entry in batch if isinstance(entry, _Record)])
             for entry in batch:
                 if isinstance(entry, _Look):
-                    self._look(entry)
+                    self._look(entry, at_once=not open_)
         self._store.close()
 
     def _commit(self, records: Sequence[_Record]) -> None:
@@ -115,12 +116,26 @@ class Writer:
         self._on_commit(time.perf_counter() - begun_s, len(records))
         self._answer([(record.answer, outcome) for record, outcome in zip(records, outcomes, strict=True)])
 
-    def _look(self, look: _Look) -> None:
+    def _look(self, look: _Look, *, at_once: bool) -> None:
+        """Answer it; or, where that would take long, do a part of the work and put it behind what came meanwhile."""
+        since_us = look.shoppers_since_us
         try:
-            found = self._store.evidence(look.now_us, shoppers_since_us=look.shoppers_since_us)
-            self._answer([(look.answer, found)])
+            if since_us is not None and not at_once and not self._caught_up(look.now_us, since_us):
+                self._queue.put(look)
+                return
+            self._answer([(look.answer, self._store.evidence(look.now_us, shoppers_since_us=since_us))])
         except Exception as error:  # noqa: BLE001 - as above
             self._refuse([look.answer], _ours(error))
+
+    def _caught_up(self, now_us: int, since_us: int) -> bool:
+        """One long count after the other: many at once would push each other out of what the store keeps."""
+        if self._catching_up not in (None, since_us):
+            return False
+        self._catching_up = None
+        if self._store.catch_up(now_us, shoppers_since_us=since_us):
+            return True
+        self._catching_up = since_us
+        return False
 
     def _answer(self, answers: Sequence[tuple[asyncio.Future[_T], _T]]) -> None:
         def tell() -> None:

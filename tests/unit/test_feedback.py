@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from endcap.errors import BusyError, EndcapError, InputError, StateError, StorageError
 from serving import impressions
+from serving.feedback import store as store_module
 from serving.feedback.app import FeedbackApp, FeedbackMetrics
 from serving.feedback.attribution import NEW, EventType, Outcome, attribute
 from serving.feedback.events import MAX_EVENTS, Event, parse_feedback
@@ -139,6 +140,8 @@ def test_the_store_counts_as_the_model_does_through_time_and_restarts(
         for number, (at, shopper) in enumerate(zip(issued, shoppers, strict=True))
     ]
     store, model, clock_us, seen_us = FeedbackStore(path, window_us=WINDOW_US), Model(), base_us, base_us
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(store_module, "_ROWS_AT_ONCE", 2)
     finals: dict[tuple[int | None, str], VersionCounts] = {}
     try:
         for what, detail in steps:
@@ -152,6 +155,9 @@ def test_the_store_counts_as_the_model_does_through_time_and_restarts(
             elif what == "look":
                 seen_us = max(seen_us, clock_us)
                 since_us = None if detail is None else base_us + detail
+                if since_us is not None and detail % 2:
+                    while not store.catch_up(clock_us, shoppers_since_us=since_us):
+                        pass
                 evidence = store.evidence(clock_us, shoppers_since_us=since_us)
                 assert evidence.versions == model.counts(seen_us, since_us)
                 for version, counts in evidence.versions.items():
@@ -164,6 +170,7 @@ def test_the_store_counts_as_the_model_does_through_time_and_restarts(
                 clock_us = max(clock_us, seen_us)  # a clock set back across a restart is beyond what the file knows
                 store = FeedbackStore(path, window_us=WINDOW_US)
     finally:
+        monkeypatch.undo()
         store.close()
 
 
@@ -358,6 +365,34 @@ def test_requests_that_came_together_share_commits_and_each_gets_its_own_answer(
     assert answers == [[Outcome.ACCEPTED]] * 150 + [[Outcome.REPEATED]] * 50
     assert sum(commits) == 200
     assert len(commits) < 200
+
+
+def test_a_long_count_is_made_in_parts_and_events_are_kept_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "_ROWS_AT_ONCE", 100)
+    order: list[str] = []
+
+    async def work() -> None:
+        store = FeedbackStore(tmp_path / "feedback.sqlite", window_us=WINDOW_US)
+        store.record([
+            Submission([shown(number, issued_at_us=number // 3, shopper=number % 700) for number in range(3000)], 9)
+        ])  # fmt: skip
+        writer = Writer(store, now_us=lambda: WINDOW_US + 990, on_commit=lambda seconds, requests: order.append("kept"))
+        looks = [asyncio.create_task(writer.evidence(shoppers_since_us=since_us)) for since_us in (0, 0, *range(20))]
+        looks[0].add_done_callback(lambda look: order.append("looked"))
+        await asyncio.sleep(0)
+        await writer.record([shown(9000, issued_at_us=WINDOW_US)])
+        found = [(await look).versions["2"] for look in looks]
+        assert found == [VersionCounts(2970, 0, 31, 700, 0)] * 22
+        assert order == ["kept", "looked"]
+        # Told to end, it still answers those who wait.
+        last = asyncio.create_task(writer.evidence(shoppers_since_us=60))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(writer.close)
+        assert (await last).versions["2"].shoppers == 700
+
+    asyncio.run(work())
 
 
 def test_damage_found_at_work_reaches_who_waits_and_the_process(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from endcap.errors import EndcapError, InputError, PackageError
@@ -16,11 +17,14 @@ from serving.gates.recorded import Recorded, read_recorded
 from serving.gates.replay import ReplicaEndedError, replay, replica
 from serving.gates.report import GATES, GateResult, not_run
 from serving.gates.scoring import CUTOFF, MOST_TIMEOUTS, RUN_S, Scored, score
-from serving.server.service import load_service
+from serving.server.service import Service, load_service
 
 __all__ = ["run_course"]
 
 log = logging.getLogger("serving.gates")
+
+LOAD_S = 60.0
+"""As long as a replica may take to be ready."""
 
 
 def run_course(job: Job, *, result: Path, folder: Path) -> None:
@@ -67,9 +71,9 @@ def run_course(job: Job, *, result: Path, folder: Path) -> None:
     if scored:
         segments = segment(recorded.purchases, items=read_items(job.stable), popular=read_popular(job.stable))
         run("segments", lambda: judge_segments(scored[0], yardstick, segments, settings))
+        run("replay", lambda: _replay(job, recorded, stable, folder))
     else:
-        done.append(not_run("segments", "the candidate could not be scored"))
-    run("replay", lambda: _replay(job, recorded, stable, folder))
+        done.extend(not_run(name, "the candidate could not be scored") for name in GATES[2:])
     write_result(result, done)
 
 
@@ -113,10 +117,22 @@ def _score_candidate(job: Job, recorded: Recorded) -> Scored:
 
 
 def _score(package: Path, job: Job, recorded: Recorded, who: str) -> Scored:
-    scored = score(load_service(package, job.public_key), recorded.purchases, who=who)
+    log.info("offline: %s is loaded", who)
+    scored = score(_load(package, job.public_key), recorded.purchases, who=who)
     if not scored.complete:
         raise PackageError(f"for {MOST_TIMEOUTS} recorded shoppers its graph took longer than {RUN_S:g} s")
     return scored
+
+
+def _load(package: Path, public_key: Path) -> Service:
+    """Loading runs the graph, with no limit of its own; a run that hangs is left behind for the process to end."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        return executor.submit(load_service, package, public_key).result(timeout=LOAD_S)
+    except TimeoutError:
+        raise PackageError(f"it was not loaded, and its graph run once, within {LOAD_S:g} s") from None
+    finally:
+        executor.shutdown(wait=False)
 
 
 def _replay(job: Job, recorded: Recorded, manifest: Manifest, folder: Path) -> GateResult:

@@ -1,32 +1,39 @@
-"""The loop round the decisions: write the intent, act, look, decide again.
+"""The loop round the decisions: look, decide, write the decision, act, look again.
 
-Killed at any point it resumes to the same end: the state is on disk before anything is done, every act is safe to
-repeat, and the evidence is folded again from the raw looks.
+Killed at any point it resumes to the same end: what was decided is on disk before anything is done, every act is safe
+to repeat, and the evidence is folded again from the raw looks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from endcap.errors import EndcapError, FencedError, InputError, StateError, TargetError
-from endcap.evidence import Evidence
+from endcap.errors import EndcapError, FencedError, InputError, PackageError, StateError, StorageError, TargetError
+from endcap.evidence import Counts, Evidence, SplitTest, Verdict, share_follows
 from endcap.files import FolderLock
-from endcap.objectives import Objectives
-from serving.rollout.decide import Acted, ActFailed, Event, Looked, begin, decide
-from serving.rollout.looks import strata
+from endcap.objectives import Good, Objectives
+from serving.rollout.audit import Decision, decision_record
+from serving.rollout.decide import begin, decide
+from serving.rollout.events import Acted, ActFailed, Event, Gated, Looked, Received, ShadowSeen
+from serving.rollout.looks import Look, LookFold, shadow_strata
 from serving.rollout.spec import RolloutSpec
-from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, SetShares, State
+from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, RunGates, SetShadow, SetShares, State
 from serving.rollout.store import RolloutStore
-from serving.targets.base import ModelVersion, Observation, Target
+from serving.targets.base import ModelVersion, Observation, ShadowObservation, Target
 
-__all__ = ["Clock", "RolloutResult", "SystemClock", "run_rollout"]
+__all__ = ["Clock", "CountSource", "Engine", "Gatekeeper", "RolloutResult", "SystemClock", "run_rollout"]
 
 _PATIENCE_S = 120.0
-"""How long a target may refuse or not answer at all before the engine ends: longer than capacity takes to come."""
+"""How long a target or a disk may refuse or not answer at all before the engine ends: longer than capacity takes."""
+_LISTEN_S = 1.0
+"""How long a person waits at most until the engine notices what they asked for, while it waits for its next look."""
+_MISMATCH_ALPHA = 0.001
+_FEW_SHOPPERS_TOLERANCE = 4.0
+"""With sticky assignment a few heavy shoppers are a share of their own: only a gross difference is no share at all."""
 
 
 class Clock(Protocol):
@@ -36,11 +43,29 @@ class Clock(Protocol):
 
 
 class SystemClock:
+    """Unix time at its making, and from then on what really passed: a clock that is set does not reach a rollout."""
+
+    def __init__(self) -> None:
+        self._at_s, self._from_s = time.time(), time.monotonic()
+
     def now_s(self) -> float:
-        return time.time()
+        return self._at_s + time.monotonic() - self._from_s
 
     def wait(self, seconds: float) -> None:
         time.sleep(max(0.0, seconds))
+
+
+class CountSource(Protocol):
+    """Counts beside the target: by objective and version label, cumulative since the source was made.
+
+    Nothing about a version is no data. Errors are :class:`~endcap.errors.EndcapError`.
+    """
+
+    def read(self, now_s: float) -> Mapping[str, Mapping[str, Counts]]: ...
+
+
+Gatekeeper = Callable[[Path, Path], Gated]
+"""Checks a candidate before any traffic: given its package and stable's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,60 +86,73 @@ def run_rollout(
     *,
     packages: Mapping[str, Path],
     clock: Clock | None = None,
-    on_decision: Callable[[State, Evidence], None] | None = None,
+    gates: Gatekeeper | None = None,
+    sources: Sequence[CountSource] = (),
+    on_decision: Callable[[Decision], None] | None = None,
 ) -> RolloutResult:
     """Run, or resume, a rollout to its end.
 
     ``packages`` says where the packages of versions served before are (by label), so that a way back is always known.
 
     Raises:
-        InputError: the candidate is served already, what is served now cannot be told, or the folder's rollout was
-            declared otherwise.
+        InputError: the candidate is served already, what is served now cannot be told, the objectives do not fit, or
+            the folder's rollout was declared otherwise.
         BusyError: another engine runs in the folder.
         StateError: a file of the rollout is damaged.
         FencedError: another engine has taken over; nothing more was done here.
-        TargetError: the target did not answer for two minutes; the same call goes on with the rollout.
+        TargetError, StorageError: the target did not answer, or the disk refused, for two minutes; the same call goes
+            on with the rollout.
     """
-    ticking = clock or SystemClock()
     with FolderLock(folder), RolloutStore(folder) as store:
-        return _Engine(spec, objectives, candidate, target, store, dict(packages), ticking, on_decision).run()
+        engine = Engine(spec, spec.judged(objectives), candidate, target, store, dict(packages),
+                        clock or SystemClock(), gates, sources, on_decision)  # fmt: skip
+        return engine.run()
 
 
-class _Engine:
+class Engine:
+    """One rollout in one folder that the caller holds. See :func:`run_rollout`."""
+
     def __init__(
         self, spec: RolloutSpec, objectives: Objectives, candidate: ModelVersion, target: Target,
-        store: RolloutStore, packages: dict[str, Path], clock: Clock,
-        on_decision: Callable[[State, Evidence], None] | None,
+        store: RolloutStore, packages: dict[str, Path], clock: Clock, gates: Gatekeeper | None,
+        sources: Sequence[CountSource], on_decision: Callable[[Decision], None] | None,
     ) -> None:  # fmt: skip
         self._spec, self._objectives, self._target, self._store = spec, objectives, target, store
         self._packages = {**packages, candidate.label: candidate.package}
         self._candidate = candidate
-        self._clock = clock
-        self._on_decision = on_decision
-        self._evidence = Evidence.start(objectives, alpha=spec.alpha, beta=spec.beta)
-        self._last: Observation | None = None
+        self._clock, self._gates, self._sources, self._on_decision = clock, gates, sources, on_decision
+        self._sight = _Sight(spec, objectives, candidate.label, "")
+        self._counted: dict[str, dict[str, Counts]] = {}
+        self._source_trouble: str | None = None
         self._failing_since_s: float | None = None
         self._token = 0
 
     def run(self) -> RolloutResult:
-        state = self._store.load_state()
+        state = self._store.resume(self._spec)
         if state is None:
             state = self._begin()
         elif state.canary != self._candidate.label:
             raise InputError(f"this folder holds a rollout of version {state.canary}", where=self._store.folder)
         self._store.check_declared(self._spec, self._objectives)
-        if state.phase is not Phase.DONE:
+        self._packages.setdefault(state.baseline, self._packages.get(state.stable, Path()))
+        if not state.ended:
             self._token = self._target.acquire(f"rollout {self._spec.name}")
-        for seen in self._store.load_looks():
-            self._fold(seen, canary=state.canary)
-        while state.phase is not Phase.DONE:
-            state = self._advance(state)
+            self._recall(state)
+        while not state.ended:
+            try:
+                state = self._obey(state)
+                state = self._try_intent(state) if state.intent else self._look_and_decide(state)
+            except StorageError as error:  # a full disk may be emptied, and until then nothing is done unwritten
+                self._be_patient(error)
+                self._clock.wait(self._spec.look_s)
         if state.outcome is None:
-            raise StateError("the rollout ended with no verdict", where=self._store.state_file)
+            raise StateError("the rollout ended with no verdict", where=self._store.folder)
         return RolloutResult(
             state.stable, state.canary, state.outcome, state.reason,
             (state.ended_at_s or state.started_at_s) - state.started_at_s,
         )  # fmt: skip
+
+    # ---- beginning, and going on ----
 
     def _begin(self) -> State:
         seen = self._target.observe()
@@ -124,33 +162,67 @@ class _Engine:
         if len(served) != 1:
             raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
                              next_step="give all of it to one version before a rollout starts")  # fmt: skip
-        stable, label = served[0], self._candidate.label
-        counted = seen.versions[stable].within_ms if stable in seen.versions else {}
-        for objective in self._objectives.objectives:
-            if objective.within_ms is not None and objective.within_ms not in counted:
-                raise InputError(f"the target does not count answers within {objective.within_ms} ms",
-                                 where=f"objective {objective.name}",
-                                 next_step="start it with these objectives (endcap serve up --objectives)")  # fmt: skip
-        state = begin(
-            self._spec, stable=stable, canary=label, canary_attempts=_attempts(seen, label),
-            now_s=self._clock.now_s(),
-        )  # fmt: skip
+        stable = served[0]
+        if stable not in self._packages:
+            raise InputError(f"where version {stable}'s package is, is not known", where="what is served now")
+        self._check_countable(seen, stable)
+        state = begin(self._spec, stable=stable, canary=self._candidate.label, now_s=self._clock.now_s())
         self._store.declare(self._spec, self._objectives)
-        self._record(state, "start")
+        self._record(Decision(None, None, state, state.started_at_s, self._sight.evidence))
         self._store.save_state(state)
-        self._store.add_look(seen)
         return state
 
-    def _advance(self, state: State) -> State:
-        if state.intent:
-            return self._try_intent(state)
-        self._clock.wait(self._spec.look_s)
-        canary_before, control_before = self._received(state.canary)
-        self._look(state)
-        canary, control = self._received(state.canary)
-        return self._decided(state, Looked(self._evidence, canary, canary - canary_before, control - control_before))
+    def _check_countable(self, seen: Observation, stable: str) -> None:
+        counted = seen.versions[stable].within_ms if stable in seen.versions else {}
+        for objective in self._objectives.objectives:
+            where = f"objective {objective.name}"
+            serve = "start it with these objectives (endcap serve up --objectives)"
+            if objective.good is Good.COUNTED and not self._sources:
+                raise InputError("nothing counts it", where=where, next_step="name its source, such as prometheus")
+            if objective.good is Good.CLICKED and seen.window_s is None:
+                raise InputError("the target collects no feedback", where=where, next_step=serve)
+            if objective.good is Good.CLICKED and seen.window_s != objective.window_s:
+                raise InputError(f"the target attributes clicks within {seen.window_s:g} s, and the objective asks for "
+                                 f"{objective.window_s:g} s", where=where, next_step=serve)  # fmt: skip
+            if objective.good is Good.ANSWERED and objective.within_ms not in (None, *counted):
+                raise InputError(f"the target does not count answers within {objective.within_ms} ms", where=where,
+                                 next_step=serve)  # fmt: skip
+
+    def _recall(self, state: State) -> None:
+        """Fold the looks of an earlier life of this rollout; take the first look where there is none."""
+        self._sight = _Sight(self._spec, self._objectives, state.canary, state.baseline)
+        seen: Observation | None = None
+        for seen in self._store.looks():
+            self._sight.take(seen)
+        if seen is None:
+            self._look(state)
+            return
+        for label, version in seen.versions.items():
+            for name, counts in version.measured.items():
+                self._counted.setdefault(name, {})[label] = counts
+
+    # ---- one turn ----
+
+    def _obey(self, state: State) -> State:
+        for asked in self._store.new_commands(after=state.commands):
+            state = self._decided(state, asked)
+        return state
+
+    def _look_and_decide(self, state: State) -> State:
+        self._wait(state)
+        look = self._look(state)
+        return self._decided(state, self._sight.judge(state, look, self._source_trouble))
+
+    def _wait(self, state: State) -> None:
+        remaining_s = self._spec.look_s
+        while remaining_s > 0 and not self._store.has_commands(after=state.commands):
+            slice_s = min(_LISTEN_S, remaining_s)
+            self._clock.wait(slice_s)
+            remaining_s -= slice_s
 
     def _try_intent(self, state: State) -> State:
+        if RunGates() in state.intent:
+            return self._decided(state, self._check(state))
         try:
             for action in state.intent:
                 self._act(action)
@@ -162,46 +234,88 @@ class _Engine:
                 self._clock.wait(self._spec.look_s)  # the same way is tried again
             else:
                 self._look(state)  # did canary get any traffic?
-            return self._decided(state, ActFailed(error, self._received(state.canary)[0]))
+            return self._decided(state, ActFailed(_line(error), isinstance(error, PackageError), self._sight.received))
+        self._failing_since_s = None
         self._look(state)
-        return self._decided(state, Acted(self._received(state.canary)[0]))
+        return self._decided(state, Acted(self._sight.received))
+
+    def _check(self, state: State) -> Gated:
+        if self._gates is None:
+            return Gated(True, "no checks were asked for")
+        try:
+            return self._gates(self._candidate.package, self._packages[state.stable])
+        except PackageError as error:
+            return Gated(False, _line(error))
 
     def _decided(self, state: State, event: Event) -> State:
-        after = decide(self._spec, state, event, self._clock.now_s())
+        at_s = self._clock.now_s()
+        after = decide(self._spec, state, event, at_s)
+        # The log first: it is the truth, and what follows may be cut off anywhere. The checkpoint may lag behind.
+        self._record(Decision(state, event, after, at_s, self._sight.evidence))
         if after is not state:
-            # Intent before act: what follows may be cut off anywhere.
-            self._store.save_state(after)
-        action = "look" if after is state else ("end" if after.phase is Phase.DONE else after.phase.value)
-        self._record(after, action)
+            try:
+                self._store.save_state(after)
+            except StorageError as error:
+                self._be_patient(error)
         return after
+
+    def _record(self, decided: Decision) -> None:
+        self._store.add_decision(decision_record(self._spec, decided, shadow=self._sight.shadow_json))
+        if self._on_decision is not None:
+            self._on_decision(decided)
+
+    # ---- acts ----
 
     def _act(self, action: Action) -> None:
         match action:
             case EnsureCapacity(shares):
                 self._target.ensure_capacity(self._versions(shares), token=self._token)
             case SetShares(shares):
-                self._target.set_shares(self._versions(shares), token=self._token)
+                self._target.set_shares(self._versions(shares), token=self._token, sticky=self._spec.sticky)
+            case SetShadow(label, share):
+                version = None if label is None else self._version(label)
+                self._target.set_shadow(version, share=share, token=self._token)
             case Retire(label):
                 self._target.retire(label, token=self._token)
+            case RunGates():
+                pass
 
     def _versions(self, shares: Mapping[str, float]) -> dict[ModelVersion, float]:
-        found = {}
-        for label, share in shares.items():
-            if label not in self._packages:
-                raise TargetError(f"where version {label}'s package is, is not known")
-            found[ModelVersion(label, self._packages[label])] = share
-        return found
+        return {self._version(label): share for label, share in shares.items()}
 
-    def _look(self, state: State) -> None:
-        """One more look; a target that does not answer is no data."""
+    def _version(self, label: str) -> ModelVersion:
+        if label not in self._packages:
+            raise TargetError(f"where version {label}'s package is, is not known")
+        return ModelVersion(label, self._packages[label])
+
+    # ---- looks ----
+
+    def _look(self, state: State) -> Look | None:
+        """One more look; a target that does not answer is no data, and so is a source."""
         try:
-            seen = self._target.observe()
+            seen = self._target.observe(shoppers_since_s=state.started_at_s)
         except EndcapError as error:
             self._be_patient(error)
-            return
+            return None
         self._failing_since_s = None
+        seen = self._with_counted(seen)
         self._store.add_look(seen)
-        self._fold(seen, canary=state.canary)
+        return self._sight.take(seen)
+
+    def _with_counted(self, seen: Observation) -> Observation:
+        """``seen`` with what the sources count; their counts go on from those of an engine that was here before."""
+        self._source_trouble = None
+        found: dict[str, dict[str, Counts]] = {}
+        for source in self._sources:
+            try:
+                for name, by_version in source.read(self._clock.now_s()).items():
+                    for label, counts in by_version.items():
+                        before = self._counted.get(name, {}).get(label, Counts())
+                        found.setdefault(label, {})[name] = before + counts
+            except EndcapError as error:
+                self._source_trouble = _line(error)
+        versions = {label: replace(version, measured=found.get(label, {})) for label, version in seen.versions.items()}
+        return replace(seen, versions=versions)
 
     def _be_patient(self, error: EndcapError) -> None:
         """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
@@ -211,46 +325,87 @@ class _Engine:
         if now_s - self._failing_since_s > _PATIENCE_S:
             raise error
 
-    def _received(self, label: str) -> tuple[int, int]:
-        """All attempts so far: of version ``label``, and of all others."""
-        if self._last is None:
-            return 0, 0
-        canary = _attempts(self._last, label)
-        return canary, sum(_attempts(self._last, other) for other in self._last.versions) - canary
 
-    def _fold(self, seen: Observation, *, canary: str) -> None:
-        if self._last is not None:
-            self._evidence = self._evidence.update(strata(self._objectives, self._last, seen, canary=canary))
-        self._last = seen
+class _Sight:
+    """All that the looks so far come to. Its size does not depend on how many there were."""
 
-    def _record(self, state: State, action: str) -> None:
-        self._store.add_decision(decision_record(self._spec, state, self._evidence, action, self._clock.now_s()))
-        if self._on_decision is not None:
-            self._on_decision(state, self._evidence)
+    def __init__(self, spec: RolloutSpec, objectives: Objectives, canary: str, baseline: str) -> None:
+        self._spec, self._objectives, self._canary = spec, objectives, canary
+        self._fold = LookFold(objectives, canary=canary, baseline=baseline if spec.baseline else None)
+        self.evidence = Evidence.start(objectives, alpha=spec.alpha, beta=spec.beta, primary=spec.primary)
+        self._split = SplitTest()
+        answered = tuple(objective for objective in objectives.objectives if objective.good is Good.ANSWERED)
+        self._shadow_evidence = (
+            Evidence.start(replace(objectives, objectives=answered), alpha=spec.alpha, beta=spec.beta)
+            if answered and spec.shadow is not None else None
+        )  # fmt: skip
+        self._shadow: ShadowObservation | None = None
+
+    @property
+    def received(self) -> Received:
+        return self._fold.received
+
+    def take(self, seen: Observation) -> Look:
+        look = self._fold.fold(seen)
+        self.evidence = self.evidence.update(look.strata)
+        if look.split is not None:
+            self._split = self._split.update(look.split.canary, look.split.total, look.split.share)
+        if seen.shadow is not None and seen.shadow.version == self._canary:
+            if self._shadow_evidence is not None:
+                strata = shadow_strata(self._objectives, self._shadow, seen.shadow)
+                self._shadow_evidence = self._shadow_evidence.update(strata)
+            self._shadow = seen.shadow
+        return look
+
+    def judge(self, state: State, look: Look | None, trouble: str | None) -> Looked:
+        """The event that the looks so far make; ``look`` is the last one, None where it told nothing."""
+        received, evidence = self.received, self.evidence
+        return Looked(
+            verdict=evidence.verdict,
+            reason=evidence.reason if trouble is None else f"{evidence.reason}; {trouble}",
+            received=received,
+            canary_new=0 if look is None else look.canary_new,
+            control_new=0 if look is None else look.control_new,
+            follows=self._follows(state),
+            mismatch=self._mismatch(),
+            shadow=self._shadow_seen(),
+        )
+
+    def _follows(self, state: State) -> bool:
+        if state.phase not in (Phase.OBSERVING, Phase.HOLDING):
+            return True
+        canary = self.received.canary_requests - state.step_from.canary_requests
+        requests = self.received.requests - state.step_from.requests
+        share = self._spec.steps[state.step].share
+        if share == 1:
+            return True  # there the old version is waited for until it receives nothing
+        tolerance = 1.5 if self._spec.sticky is None else _FEW_SHOPPERS_TOLERANCE
+        return share_follows(canary, requests, share, tolerance=tolerance)
+
+    def _mismatch(self) -> str | None:
+        if not self._split.rejects(_MISMATCH_ALPHA):
+            return None
+        split = self._split
+        due = f"{split.canary} of {split.total} new shoppers are canary's, {split.expected:.0f} were due"
+        return f"sample-ratio mismatch: {due}"
+
+    def _shadow_seen(self) -> ShadowSeen | None:
+        if self._shadow is None:
+            return None
+        evidence = self._shadow_evidence
+        verdict, reason = (Verdict.INCONCLUSIVE, "") if evidence is None else (evidence.verdict, evidence.reason)
+        return ShadowSeen(verdict, reason, self._shadow.pairs, self._shadow.overlap)
+
+    @property
+    def shadow_json(self) -> dict[str, float | int] | None:
+        seen = self._shadow
+        if seen is None:
+            return None
+        return {"pairs": seen.pairs, "overlap": seen.overlap, "score_drift": seen.score_drift,
+                "answered": seen.answered.good, "asked": seen.answered.total}  # fmt: skip
 
 
-def _attempts(seen: Observation, label: str) -> int:
-    version = seen.versions.get(label)
-    return version.attempts.total if version else 0
-
-
-def decision_record(spec: RolloutSpec, state: State, evidence: Evidence, action: str, now_s: float) -> dict[str, Any]:
-    """One line of decisions.jsonl: what was decided, and the evidence it stood on."""
-    objectives = {}
-    for name, seen in evidence.by_objective.items():
-        low, high = seen.difference.interval
-        canary, control = seen.canary.share, seen.control.share
-        objectives[name] = {
-            "canary": {"good": seen.canary.good, "total": seen.canary.total},
-            "control": {"good": seen.control.good, "total": seen.control.total},
-            "difference": None if canary is None or control is None else canary - control,
-            "low": low, "high": high, "margin": seen.margin, "verdict": evidence.verdict_of(name),
-        }  # fmt: skip
-    share = spec.steps[state.step].share if state.phase in (Phase.OBSERVING, Phase.GROWING) else None
-    if state.outcome is not None:
-        share = 1.0 if state.outcome is Outcome.PROMOTED else 0.0
-    return {
-        "at_s": now_s, "rollout": spec.name, "from": state.stable, "to": state.canary, "step": state.step + 1,
-        "share": share, "phase": state.phase, "action": action, "verdict": evidence.verdict,
-        "outcome": state.outcome, "reason": state.reason, "evidence": objectives,
-    }  # fmt: skip
+def _line(error: EndcapError) -> str:
+    """What a replica said crosses processes as one line, `what; next: ...`: the next step is not a reason."""
+    what = error.what.split("; next: ")[0]
+    return what if error.where is None else f"{what} ({error.where.rsplit('/', 1)[-1]})"

@@ -1,77 +1,219 @@
-"""From what a target counts to what the evidence needs: one stratum an objective a look."""
+"""From what a target counts to what each look adds: strata for the evidence, and what versions received."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from endcap.evidence import Counts, Stratum
 from endcap.objectives import Good, Objective, Objectives
-from serving.targets.base import Observation, VersionObservation
+from serving.rollout.events import NOTHING_RECEIVED, Received
+from serving.targets.base import Observation, ShadowObservation, VersionObservation
 
-__all__ = ["observation_from_json", "observation_to_json", "strata"]
-
-_NOTHING = VersionObservation()
-
-
-def strata(objectives: Objectives, before: Observation, now: Observation, *, canary: str) -> Mapping[str, Stratum]:
-    """What each objective saw between two observations; control is everything served beside canary."""
-    found = {}
-    for objective in objectives.objectives:
-        canary_counts, control_counts = Counts(), Counts()
-        for label, seen in now.versions.items():
-            new = _counts(objective, seen).since(_counts(objective, before.versions.get(label, _NOTHING)))
-            if label == canary:
-                canary_counts += new
-            else:
-                control_counts += new
-        found[objective.name] = Stratum(canary_counts, control_counts)
-    return found
+__all__ = ["Look", "LookFold", "Split", "observation_from_json", "observation_to_json", "shadow_strata"]
 
 
-def _counts(objective: Objective, seen: VersionObservation) -> Counts:
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Shoppers counted for the first time in a look, of canary and of all, and the share that decided which."""
+
+    canary: int
+    total: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look adds. ``received``: since the rollout began. ``split``: None while it cannot be told."""
+
+    strata: Mapping[str, Stratum]
+    received: Received
+    canary_new: int = 0
+    control_new: int = 0
+    split: Split | None = None
+
+
+class LookFold:
+    """Turns observations, in their order, into looks. Its size does not depend on how many there were.
+
+    The first observation is where counting begins. A counter that went back was restarted: all it holds is new. What an
+    observation does not tell of a version is no data: its counts go on from where they were last seen.
+    """
+
+    def __init__(self, objectives: Objectives, *, canary: str, baseline: str | None = None) -> None:
+        self._objectives, self._canary, self._baseline = objectives, canary, baseline
+        self._last: dict[tuple[str, str], Counts] = {}
+        self._received = NOTHING_RECEIVED
+        self._at_s: float | None = None
+        self._share: float | None = None
+        self._share_since_s = 0.0
+
+    @property
+    def received(self) -> Received:
+        return self._received
+
+    def fold(self, seen: Observation) -> Look:
+        """What ``seen`` adds to the observations before it."""
+        new = self._new(seen)
+        first, last_at_s = self._at_s is None, self._at_s
+        self._at_s = seen.at_s
+        share = seen.shares.get(self._canary, 0.0)
+        if share != self._share:
+            self._share, self._share_since_s = share, seen.at_s
+        if first:
+            return Look({}, self._received)
+        requests = {label: new.get((label, "requests"), Counts()).total for label in seen.versions}
+        attempts = new.get((self._canary, "attempts"), Counts()).total
+        canary_new = requests.get(self._canary, 0)
+        control_new = sum(requests.values()) - canary_new
+        before = self._received
+        self._received = Received(
+            before.canary_attempts + attempts, before.canary_requests + canary_new,
+            before.requests + canary_new + control_new,
+        )  # fmt: skip
+        strata = {
+            objective.name: self._stratum(objective, seen, new, control_requests=control_new)
+            for objective in self._objectives.objectives
+        }
+        return Look(strata, self._received, canary_new, control_new, self._split(seen, new, last_at_s))
+
+    def _new(self, seen: Observation) -> Mapping[tuple[str, str], Counts]:
+        new = {}
+        for label, version in seen.versions.items():
+            for what, counts in _counters(self._objectives, version).items():
+                known = self._last.get((label, what))
+                new[label, what] = counts.since(known or Counts())
+                self._last[label, what] = counts
+        return new
+
+    def _stratum(
+        self, objective: Objective, seen: Observation, new: Mapping[tuple[str, str], Counts], *, control_requests: int
+    ) -> Stratum:
+        what = _counter(objective)
+        canary, control = Counts(), Counts()
+        beside = [label for label in seen.versions if label != self._canary]
+        if objective.within_ms is not None and self._baseline is not None and seen.shares.get(self._baseline):
+            beside = [self._baseline]  # as young as canary: what age changes hits both alike
+        for label in beside:
+            control += new.get((label, what), Counts())
+        canary += new.get((self._canary, what), Counts())
+        if what == "attempts" and canary.total == 0:
+            canary = self._lost(seen, control_requests)
+        return Stratum(canary, control)
+
+    def _lost(self, seen: Observation, control_requests: int) -> Counts:
+        """A canary with a share and no ready replica fails its share of the requests, whoever answered them instead.
+
+        A gateway may give the share of a version that is not ready to another, silently: that is no missing data.
+        """
+        version, share = seen.versions.get(self._canary), seen.shares.get(self._canary, 0.0)
+        if version is None or version.replicas == 0 or version.ready_replicas > 0 or not 0 < share < 1:
+            return Counts()
+        return Counts(0, round(control_requests * share))
+
+    def _split(self, seen: Observation, new: Mapping[tuple[str, str], Counts], last_at_s: float | None) -> Split | None:
+        """Of shoppers, once all impressions that closed in this look were issued under one share."""
+        if seen.window_s is None or self._share is None or last_at_s is None or not 0 < self._share < 1:
+            return None
+        if last_at_s - seen.window_s < self._share_since_s:
+            return None
+        total = sum(counts.total for (_, what), counts in new.items() if what == "shoppers")
+        return Split(new.get((self._canary, "shoppers"), Counts()).total, total, self._share)
+
+
+def _counter(objective: Objective) -> str:
+    if objective.good is Good.COUNTED:
+        return f"measured {objective.name}"
     if objective.good is Good.CLICKED:
-        return seen.impressions
-    if objective.within_ms is not None:
-        return seen.within_ms.get(objective.within_ms, Counts())
-    return seen.attempts
+        return "shoppers"
+    return "attempts" if objective.within_ms is None else f"within {objective.within_ms}"
+
+
+def _counters(objectives: Objectives, version: VersionObservation) -> dict[str, Counts]:
+    found = {"attempts": version.attempts, "requests": version.requests, "shoppers": version.shoppers}
+    found |= {f"within {ms}": counts for ms, counts in version.within_ms.items()}
+    found |= {f"measured {name}": counts for name, counts in version.measured.items()}
+    wanted = {"attempts", "requests", "shoppers"} | {_counter(objective) for objective in objectives.objectives}
+    return {what: counts for what, counts in found.items() if what in wanted}
+
+
+def shadow_strata(objectives: Objectives, before: ShadowObservation | None,
+                  now: ShadowObservation) -> Mapping[str, Stratum]:  # fmt: skip
+    """What the shadow's answers add to the objectives that they can tell of; there is no control."""
+    strata = {}
+    for objective in objectives.objectives:
+        if objective.good is not Good.ANSWERED:
+            continue
+        counts = _shadow_counts(objective, now)
+        known = Counts() if before is None else _shadow_counts(objective, before)
+        strata[objective.name] = Stratum(counts.since(known), Counts())
+    return strata
+
+
+def _shadow_counts(objective: Objective, seen: ShadowObservation) -> Counts:
+    return seen.answered if objective.within_ms is None else seen.within_ms.get(objective.within_ms, Counts())
+
+
+def _pair(counts: Counts) -> list[int]:
+    return [counts.good, counts.total]
 
 
 def observation_to_json(seen: Observation) -> dict[str, Any]:
     """A raw look as it is kept in looks.jsonl: cumulative counts as [good, total]."""
+    shadow = seen.shadow
     return {
         "at_s": seen.at_s,
         "shares": dict(seen.shares),
-        "outcomes": [seen.outcomes.good, seen.outcomes.total],
+        "outcomes": _pair(seen.outcomes),
+        "window_s": seen.window_s,
         "versions": {
             label: {
-                "attempts": [v.attempts.good, v.attempts.total],
-                "within_ms": {str(ms): [c.good, c.total] for ms, c in v.within_ms.items()},
-                "impressions": [v.impressions.good, v.impressions.total],
+                "attempts": _pair(v.attempts),
+                "within_ms": {str(ms): _pair(c) for ms, c in v.within_ms.items()},
+                "requests": _pair(v.requests),
+                "impressions": _pair(v.impressions),
                 "impressions_open": v.impressions_open,
+                "shoppers": _pair(v.shoppers),
+                "measured": {name: _pair(c) for name, c in v.measured.items()},
                 "ready_replicas": v.ready_replicas,
                 "replicas": v.replicas,
             }
             for label, v in seen.versions.items()
         },
-    }
+        "shadow": None if shadow is None else {
+            "version": shadow.version, "answered": _pair(shadow.answered),
+            "within_ms": {str(ms): _pair(c) for ms, c in shadow.within_ms.items()},
+            "pairs": shadow.pairs, "overlap": shadow.overlap, "score_drift": shadow.score_drift,
+        },
+    }  # fmt: skip
 
 
 def observation_from_json(document: Mapping[str, Any]) -> Observation:
     """The inverse of :func:`observation_to_json`. Raises KeyError, TypeError or ValueError on anything else."""
+    window, shadow = document["window_s"], document["shadow"]
     return Observation(
         at_s=float(document["at_s"]),
         shares={str(k): float(v) for k, v in document["shares"].items()},
         outcomes=Counts(*document["outcomes"]),
+        window_s=None if window is None else float(window),
         versions={
             str(label): VersionObservation(
                 attempts=Counts(*v["attempts"]),
                 within_ms={int(ms): Counts(*c) for ms, c in v["within_ms"].items()},
+                requests=Counts(*v["requests"]),
                 impressions=Counts(*v["impressions"]),
                 impressions_open=int(v["impressions_open"]),
+                shoppers=Counts(*v["shoppers"]),
+                measured={str(name): Counts(*c) for name, c in v["measured"].items()},
                 ready_replicas=int(v["ready_replicas"]),
                 replicas=int(v["replicas"]),
             )
             for label, v in document["versions"].items()
         },
-    )
+        shadow=None if shadow is None else ShadowObservation(
+            str(shadow["version"]), Counts(*shadow["answered"]),
+            {int(ms): Counts(*c) for ms, c in shadow["within_ms"].items()},
+            int(shadow["pairs"]), float(shadow["overlap"]), float(shadow["score_drift"]),
+        ),
+    )  # fmt: skip

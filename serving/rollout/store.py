@@ -1,13 +1,14 @@
-"""A rollout's folder: what was declared, where it stands, what it saw, what it decided.
+"""A rollout's folder: what was declared, what was asked, what it saw, what it decided, where it stands.
 
-``declared.json`` is written once; ``state.json`` is replaced whole; ``looks.jsonl`` and ``decisions.jsonl`` only grow.
-A damaged file is an error that names it, never a fresh start.
+``declared.json`` is written once. ``decisions.jsonl`` is the log of what was decided, synced before anything is done;
+``state.json``, replaced whole, is a checkpoint of it. ``looks.jsonl`` holds the raw looks, ``commands.jsonl`` what
+people asked for. A damaged file is an error that names it, never a fresh start.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,68 @@ from typing import Any
 from endcap.errors import InputError, StateError
 from endcap.files import JsonLines, read_json, read_json_lines, write_json
 from endcap.objectives import Objectives
+from serving.rollout.audit import replay
+from serving.rollout.events import Command, Commanded
 from serving.rollout.looks import observation_from_json, observation_to_json
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import State
 from serving.targets.base import Observation
 
-__all__ = ["RolloutStore"]
+__all__ = [
+    "COMMANDS_FILE", "DECISIONS_FILE", "LOOKS_FILE", "STATE_FILE", "RolloutStore", "load_state", "read_commands",
+]  # fmt: skip
+
+STATE_FILE = "state.json"
+DECISIONS_FILE = "decisions.jsonl"
+LOOKS_FILE = "looks.jsonl"
+COMMANDS_FILE = "commands.jsonl"
+_DECLARED_FILE = "declared.json"
+_MAY_CHANGE = frozenset({"freeze", "webhook_from", "prometheus_url"})
+"""What no evidence stands on: a freeze may be declared while a rollout runs."""
+
+
+def load_state(folder: Path) -> State | None:
+    """The checkpoint of a rollout; None where none has begun.
+
+    Raises:
+        StateError: it is damaged; the message names the file.
+    """
+    path = folder / STATE_FILE
+    return State.from_json(read_json(path), where=path) if path.exists() else None
+
+
+def read_commands(folder: Path, *, after: int = 0) -> list[Commanded]:
+    """What people asked of a rollout beyond the first ``after`` commands.
+
+    Raises:
+        StateError: a line is damaged; the message names the file.
+    """
+    path, found = folder / COMMANDS_FILE, []
+    for number, line in enumerate(read_json_lines(path), 1):
+        if number <= after:
+            continue
+        try:
+            step = line.get("step")
+            found.append(
+                Commanded(Command(line["command"]), str(line["by"]), number, None if step is None else int(step))
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"line {number} is damaged ({error!r})", where=path) from error
+    return found
 
 
 class RolloutStore:
+    """Belongs to the one engine that holds the folder."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.state_file = folder / "state.json"
-        self._declared_file = folder / "declared.json"
-        self._looks_file = folder / "looks.jsonl"
-        self._looks = JsonLines(self._looks_file)
-        self._decisions = JsonLines(folder / "decisions.jsonl", sync=True)
+        self._decisions = JsonLines(folder / DECISIONS_FILE, sync=True)
+        self._looks = JsonLines(folder / LOOKS_FILE)
+        self._commands_bytes, self._commands = -1, 0
 
     def declare(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Keep what the rollout was begun with."""
-        write_json(self._declared_file, _declared(spec, objectives))
+        write_json(self.folder / _DECLARED_FILE, _declared(spec, objectives))
 
     def check_declared(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Refuse another declaration: the evidence so far, and the bounds on its errors, stand on the first one.
@@ -42,35 +85,58 @@ class RolloutStore:
         Raises:
             InputError: something differs; the message names it.
         """
-        kept, asked = read_json(self._declared_file), json.loads(json.dumps(_declared(spec, objectives)))
+        path = self.folder / _DECLARED_FILE
+        kept, asked = read_json(path), json.loads(json.dumps(_declared(spec, objectives)))
         differ = [name for name, value in asked.items() if not isinstance(kept, dict) or kept.get(name) != value]
+        differ = [name for name in differ if name not in _MAY_CHANGE]
         if differ:
-            raise InputError(f"the rollout here was begun with other {', '.join(differ)}", where=self._declared_file,
+            raise InputError(f"the rollout here was begun with other {', '.join(differ)}", where=path,
                              next_step="go on with what it was begun with, or choose another folder")  # fmt: skip
 
-    def load_state(self) -> State | None:
-        """None where the rollout has not begun."""
-        if not self.state_file.exists():
-            return None
-        return State.from_json(read_json(self.state_file), where=self.state_file)
+    def resume(self, spec: RolloutSpec) -> State | None:
+        """Where the rollout stands: the checkpoint, and what was decided after it. None where it has not begun.
+
+        The checkpoint is brought up to date, for those who only read it.
+        """
+        path, checkpoint = self.folder / DECISIONS_FILE, load_state(self.folder)
+        state = replay(spec, read_json_lines(path), where=path, checkpoint=checkpoint)
+        if state is not None and state != checkpoint:
+            self.save_state(state)
+        return state
 
     def save_state(self, state: State) -> None:
-        write_json(self.state_file, state.to_json())
+        write_json(self.folder / STATE_FILE, state.to_json())
 
-    def load_looks(self) -> list[Observation]:
-        looks = []
-        for number, record in enumerate(read_json_lines(self._looks_file), 1):
+    def looks(self) -> Iterator[Observation]:
+        """The raw looks in their order, one at a time."""
+        path = self.folder / LOOKS_FILE
+        for number, record in enumerate(read_json_lines(path), 1):
             try:
-                looks.append(observation_from_json(record))
+                yield observation_from_json(record)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise StateError(f"line {number} is damaged ({error!r})", where=self._looks_file) from error
-        return looks
+                raise StateError(f"line {number} is damaged ({error!r})", where=path) from error
 
     def add_look(self, seen: Observation) -> None:
         self._looks.append(observation_to_json(seen))
 
     def add_decision(self, record: Mapping[str, Any]) -> None:
         self._decisions.append(record)
+
+    def has_commands(self, *, after: int) -> bool:
+        """Whether people may have asked for something since; costs a look at the file's size."""
+        path = self.folder / COMMANDS_FILE
+        size = path.stat().st_size if path.exists() else 0
+        return size != self._commands_bytes or after < self._commands
+
+    def new_commands(self, *, after: int) -> list[Commanded]:
+        """What people asked for since."""
+        if not self.has_commands(after=after):
+            return []
+        path = self.folder / COMMANDS_FILE
+        size = path.stat().st_size if path.exists() else 0
+        found = read_commands(self.folder, after=after)
+        self._commands_bytes, self._commands = size, found[-1].number if found else after
+        return found
 
     def __enter__(self) -> RolloutStore:
         return self

@@ -1,14 +1,12 @@
-"""What an operator relies on when a rollout runs, fails, is starved, or is cut off anywhere."""
+"""What an operator relies on when a rollout runs, fails, is starved, is steered by hand, or is cut off anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from endcap.errors import (
     BusyError,
@@ -19,148 +17,28 @@ from endcap.errors import (
     TargetError,
     VerificationError,
 )
-from endcap.evidence import Counts, Evidence
-from endcap.files import FolderLock, read_json_lines
+from endcap.evidence import Counts
+from endcap.files import FolderLock, JsonLines, read_json_lines
 from endcap.objectives import Good, Objective, Objectives
-from serving.rollout.decide import Acted, ActFailed, Event, Looked, begin, decide
-from serving.rollout.engine import RolloutResult, run_rollout
-from serving.rollout.looks import observation_from_json, observation_to_json
-from serving.rollout.spec import RolloutSpec, Step, load_rollout
-from serving.rollout.state import EnsureCapacity, Outcome, Phase, Retire, SetShares, State
-from serving.targets.base import ModelVersion, Observation, VersionObservation
-
-OBJECTIVES = Objectives(
-    "shop", "shop",
-    (
-        Objective("availability", 0.99, Good.ANSWERED, None, None, 0.01, None),
-        Objective("latency", 0.95, Good.ANSWERED, 100, None, 0.05, None),
-        Objective("click-through", 0.05, Good.CLICKED, None, 5.0, None, 0.2),
-    ),
-)  # fmt: skip
-SPEC = RolloutSpec(
-    "shop", "shop", "models:/shop/2", "shop",
-    tuple(Step(share, 100, 5, 120) for share in (0.05, 0.25, 0.5, 1.0)), 0.05, 0.05, 1.0,
-)  # fmt: skip
-CANARY = ModelVersion("2", Path("two"))
+from serving.rollout.audit import replay
+from serving.rollout.engine import CountSource, Gatekeeper, RolloutResult, run_rollout
+from serving.rollout.events import Gated
+from serving.rollout.freeze import DateFreeze
+from serving.rollout.spec import Mode, RolloutSpec, ShadowSpec, Step
+from serving.rollout.state import Outcome
+from serving.rollout.store import load_state
+from serving.targets.base import StickyKey
+from tests.simulated import CANARY, OBJECTIVES, SPEC, WINDOW_S, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 
-class Killed(BaseException):
-    """The process dies here (not an Exception: nothing may catch it)."""
-
-
-@dataclass
-class Behaviour:
-    """Of one version: the share of attempts answered, of answers in time, of impressions clicked."""
-
-    answered: float = 1.0
-    fast: float = 1.0
-    clicked: float = 0.08
-
-
-@dataclass
-class SimulatedTarget:
-    """A stand-in for a target, so that hours of rollout take milliseconds: counts grow by exact shares.
-
-    No kinder than the real one: tokens are checked, traffic without capacity is refused, ``die_at`` cuts any call
-    off before or after its effect.
-    """
-
-    behaviours: Mapping[str, Behaviour]
-    clock: SimulatedClock
-    rate: float = 200.0
-    shares: dict[str, float] = field(default_factory=lambda: {"1": 1.0})
-    capacity: set[str] = field(default_factory=lambda: {"1"})
-    counts: dict[str, list[float]] = field(default_factory=dict)
-    token: int = 0
-    calls: int = 0
-    die_at: tuple[int, str] | None = None
-    refuse: Exception | None = None
-    refuse_from_share: float = 0.0
-    short_of_stable: bool = False
-    away_at: range = range(0)
-    """Calls, by number, that find nobody."""
-
-    def _call(self, when: str) -> None:
-        if when == "before":
-            self.calls += 1
-        if self.die_at == (self.calls, when):
-            raise Killed
-        if self.calls in self.away_at:
-            raise TargetError("the target does not answer")
-
-    def _fence(self, token: int) -> None:
-        if token < self.token:
-            raise FencedError("another engine has taken over")
-
-    def acquire(self, holder: str) -> int:
-        self.token += 1
-        return self.token
-
-    def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
-        self._call("before")
-        self._fence(token)
-        if self.refuse and any(v == CANARY and share >= self.refuse_from_share for v, share in shares.items()):
-            raise self.refuse
-        if self.short_of_stable and {version.label for version in shares} == {"1"}:
-            raise CapacityError("a zone is lost")
-        self.capacity |= {version.label for version in shares}
-        self._call("after")
-
-    def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
-        self._call("before")
-        self._fence(token)
-        assert abs(sum(shares.values()) - 1) < 1e-9
-        assert {version.label for version in shares} <= self.capacity, "traffic without capacity"
-        self.shares = {version.label: share for version, share in shares.items()}
-        self._call("after")
-
-    def retire(self, label: str, *, token: int) -> None:
-        self._call("before")
-        self._fence(token)
-        assert not self.shares.get(label), "a version with traffic was retired"
-        self.capacity.discard(label)
-        self._call("after")
-
-    def observe(self) -> Observation:
-        self._call("before")
-        elapsed = self.clock.take_elapsed()
-        for label, share in self.shares.items():
-            b = self.behaviours[label]
-            c = self.counts.setdefault(label, [0.0] * 6)
-            n = self.rate * share * elapsed
-            for i, grown in enumerate((n * b.answered, n, n * b.answered * b.fast, n * b.answered,
-                                       n * b.answered * b.clicked, n * b.answered)):  # fmt: skip
-                c[i] += grown
-        self._call("after")
-        return Observation(
-            self.clock.now_s(), dict(self.shares),
-            {
-                label: VersionObservation(
-                    Counts(int(c[0]), int(c[1])), {100: Counts(int(c[2]), int(c[3]))}, Counts(int(c[4]), int(c[5]))
-                )
-                for label, c in self.counts.items()
-            },
-        )  # fmt: skip
-
-
-class SimulatedClock:
-    def __init__(self) -> None:
-        self._now = 1_000.0
-        self._taken = 1_000.0
-
-    def now_s(self) -> float:
-        return self._now
-
-    def wait(self, seconds: float) -> None:
-        self._now += seconds
-
-    def take_elapsed(self) -> float:
-        elapsed, self._taken = self._now - self._taken, self._now
-        return elapsed
-
-
-def roll(folder: Path, target: SimulatedTarget, clock: SimulatedClock, spec: RolloutSpec = SPEC) -> RolloutResult:
-    return run_rollout(spec, OBJECTIVES, CANARY, target, folder, packages={"1": Path("one")}, clock=clock)
+def roll(
+    folder: Path, target: SimulatedTarget, clock: SimulatedClock, spec: RolloutSpec = SPEC, *,
+    objectives: Objectives = OBJECTIVES, gates: Gatekeeper | None = None, sources: Sequence[CountSource] = (),
+) -> RolloutResult:  # fmt: skip
+    return run_rollout(
+        spec, objectives, CANARY, target, folder, packages={"1": Path("one")}, clock=clock, gates=gates,
+        sources=sources,
+    )  # fmt: skip
 
 
 def start(canary: Behaviour, *, rate: float = 200.0) -> tuple[SimulatedTarget, SimulatedClock]:
@@ -175,7 +53,7 @@ def test_a_better_version_is_promoted_and_the_old_one_retired(tmp_path: Path) ->
     assert target.shares == {"2": 1.0}
     assert target.capacity == {"2"}
     given = [r["share"] for r in read_json_lines(tmp_path / "decisions.jsonl") if r["action"] == "growing"]
-    assert given == [0.25, 0.5, 1.0]
+    assert given == [0.05, 0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +96,7 @@ def test_a_package_that_does_not_verify_never_gets_traffic(tmp_path: Path) -> No
     result = roll(tmp_path, target, clock)
     assert result.outcome is Outcome.REFUSED
     assert "does not verify" in result.reason
-    assert "2" not in target.counts
+    assert "2" not in target.served
 
 
 def test_a_version_that_cannot_grow_is_rolled_back_with_the_reason(tmp_path: Path) -> None:
@@ -228,23 +106,6 @@ def test_a_version_that_cannot_grow_is_rolled_back_with_the_reason(tmp_path: Pat
     assert result.outcome is Outcome.ROLLED_BACK
     assert "0 of 3 nodes" in result.reason
     assert target.shares == {"1": 1.0}
-
-
-@pytest.mark.parametrize("canary", [Behaviour(clicked=0.1), Behaviour(clicked=0.001)], ids=["good", "wrong"])
-def test_killed_at_any_call_it_resumes_to_the_same_end(canary: Behaviour, tmp_path: Path) -> None:
-    spec = replace(SPEC, steps=tuple(Step(share, 100, 1, 120) for share in (0.25, 0.5, 1.0)))
-    target, clock = start(canary, rate=1000.0)
-    expected = roll(tmp_path / "whole", target, clock, spec).outcome
-    for call in range(1, target.calls + 1):
-        for when in ("before", "after"):
-            target, clock = start(canary, rate=1000.0)
-            target.die_at = (call, when)
-            folder = tmp_path / f"{call}-{when}"
-            with pytest.raises(Killed):
-                roll(folder, target, clock, spec)
-            target.die_at = None
-            assert roll(folder, target, clock, spec).outcome is expected, f"killed {when} call {call}"
-            assert target.capacity == set(target.shares), "tidied after"
 
 
 def test_a_target_that_is_away_for_a_while_costs_looks_and_no_verdict(tmp_path: Path) -> None:
@@ -277,7 +138,7 @@ def test_a_wrong_version_loses_its_traffic_even_where_stable_lacks_a_replica(tmp
 
 def test_one_that_got_traffic_before_it_failed_was_rolled_back_and_not_refused(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1))
-    target.die_at = (3, "after")  # it has its first share; the state still says that it is about to get it
+    target.die_at = (4, "after")  # it has its first share; the state still says that it is about to get it
     with pytest.raises(Killed):
         roll(tmp_path, target, clock)
     target.die_at, target.refuse = None, CapacityError("0 of 3 nodes are available")
@@ -348,93 +209,404 @@ def test_an_objective_that_the_target_does_not_count_is_said_before_anything_is_
     assert not (tmp_path / "state.json").exists()
 
 
-def evidence_of(clicked: float) -> Evidence:
-    from endcap.evidence import Stratum
-
-    n = 4_000
-    good = Stratum(Counts(n, n), Counts(n, n))
-    clicks = Stratum(Counts(int(n * clicked), n), Counts(int(n * 0.08), n))
-    return Evidence.start(OBJECTIVES).update({"availability": good, "latency": good}).update(
-        {"availability": good, "latency": good, "click-through": clicks}
-    ).update({"click-through": clicks})  # fmt: skip
+# ---- what is checked before traffic, and the shadow -----------------------------------------------
 
 
-EVIDENCES = [Evidence.start(OBJECTIVES), evidence_of(0.1), evidence_of(0.0)]
-
-events = st.one_of(
-    st.builds(Looked, st.sampled_from(EVIDENCES), st.integers(0, 5_000), st.integers(0, 500), st.integers(0, 500)),
-    st.builds(Acted, st.integers(0, 5_000)),
-    st.sampled_from([ActFailed(CapacityError("no room")), ActFailed(VerificationError("changed"))]),
-)
-
-
-@given(st.lists(st.tuples(events, st.floats(0, 60)), max_size=60))
-def test_whatever_happens_shares_are_whole_and_promotion_stands_on_a_pass(
-    happening: list[tuple[Event, float]],
-) -> None:
-    state, now = begin(SPEC, stable="1", canary="2", now_s=0), 0.0
-    passed = False
-    for event, later in happening:
-        now += later
-        passed |= isinstance(event, Looked) and event.evidence is EVIDENCES[1]
-        before, state = state, decide(SPEC, state, event, now)
-        for action in state.intent:
-            match action:
-                case EnsureCapacity(shares) | SetShares(shares):
-                    assert abs(sum(shares.values()) - 1) < 1e-9
-                case Retire("1"):
-                    assert state.outcome is Outcome.PROMOTED
-                    assert passed
-        if state.phase is Phase.RETURNING:
-            assert SetShares({"1": 1.0}) in state.intent
-            assert state.intent[-1] == Retire("2"), "canary goes last"
-        if before.phase is Phase.RETURNING:
-            assert state.phase in (Phase.RETURNING, Phase.DONE), "a rollback is never turned round"
-        if before.phase is Phase.DONE:
-            assert state is before
-
-
-@given(st.lists(st.tuples(events, st.floats(0, 60)), max_size=30))
-def test_the_state_on_disk_is_the_state(happening: list[tuple[Event, float]]) -> None:
-    import json
-
-    state = begin(SPEC, stable="1", canary="2", now_s=0)
-    for event, later in happening:
-        state = decide(SPEC, state, event, later)
-        assert State.from_json(json.loads(json.dumps(state.to_json())), where=Path("state.json")) == state
-
-
-def test_a_look_on_disk_is_the_look() -> None:
+def test_a_candidate_that_its_gates_refuse_never_gets_capacity(tmp_path: Path) -> None:
     target, clock = start(Behaviour())
-    clock.wait(3)
-    seen = target.observe()
-    assert observation_from_json(observation_to_json(seen)) == seen
+    asked = []
+
+    def gates(candidate: Path, stable: Path) -> Gated:
+        asked.append((candidate, stable))
+        return Gated(False, "offline: worse than stable by 12 %")
+
+    result = roll(tmp_path, target, clock, gates=gates)
+    assert result.outcome is Outcome.REFUSED
+    assert result.reason == "refused before any traffic: offline: worse than stable by 12 %"
+    assert asked == [(Path("two"), Path("one"))]
+    assert "2" not in target.served
+    assert not any("capacity 2" in line for line in target.log)
 
 
-def test_a_spec_of_three_lines_works(tmp_path: Path) -> None:
-    path = tmp_path / "rollout.yaml"
-    path.write_text(
-        "apiVersion: endcap.dev/v1alpha1\nkind: Rollout\nmetadata: {name: recommender}\n"
-        'spec: {service: recommender, candidate: "models:/recommender/7"}\n'
-    )
-    spec = load_rollout(path)
-    assert [step.share for step in spec.steps] == [0.05, 0.25, 0.5, 1.0]
-    assert spec.objectives == "recommender"
+SHADOWED = replace(SPEC, shadow=ShadowSpec(0.1, 50, 60, 0.5))
+
+
+def test_a_shadow_comes_before_any_share_and_ends_when_traffic_begins(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    assert roll(tmp_path, target, clock, SHADOWED).outcome is Outcome.PROMOTED
+    first_share = next(i for i, line in enumerate(target.log) if line.startswith("shares 2"))
+    assert target.log[:3] == ["capacity 2", "shadow 2=0.1", "shadow off"]
+    assert first_share > target.log.index("shadow off")
+    assert target.shadow is None
 
 
 @pytest.mark.parametrize(
-    ("spec", "complaint"),
-    [
-        ("{service: a, candidate: b, steps: [{share: 0.5}]}", "last share must be 1"),
-        ("{service: a, candidate: b, steps: [{share: 1}]}", "nothing to compare with"),
-        ("{service: a, candidate: b, steps: [{share: 0.5}, {share: 0.25}, {share: 1}]}", "greater"),
-        ("{service: a, candidate: b, alhpa: 0.1}", "alhpa"),
-        ("{service: a}", "candidate"),
-        ("{service: On Sale, candidate: b}", "service"),
-    ],
+    ("canary", "overlap", "because"),
+    [(Behaviour(answered=0.5), 0.9, "availability"), (Behaviour(), 0.2, "share 20% of the items")],
 )
-def test_a_wrong_spec_is_refused_with_the_field(spec: str, complaint: str, tmp_path: Path) -> None:
-    path = tmp_path / "rollout.yaml"
-    path.write_text(f"apiVersion: endcap.dev/v1alpha1\nkind: Rollout\nmetadata: {{name: r}}\nspec: {spec}\n")
-    with pytest.raises(InputError, match=complaint):
-        load_rollout(path)
+def test_a_candidate_that_its_shadow_shows_to_be_wrong_is_refused_without_a_shopper(
+    canary: Behaviour, overlap: float, because: str, tmp_path: Path
+) -> None:
+    target, clock = start(canary)
+    target.shadow_overlap = overlap
+    result = roll(tmp_path, target, clock, SHADOWED)
+    assert result.outcome is Outcome.REFUSED
+    assert because in result.reason
+    assert "2" not in target.served
+    assert target.capacity == {"1"}
+    assert target.shadow is None
+
+
+def test_a_shadow_without_requests_is_held(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(), rate=0.0)
+    result = roll(tmp_path, target, clock, SHADOWED)
+    assert result.outcome is Outcome.HELD
+    assert "0 of 50 answers were compared" in result.reason
+
+
+# ---- stickiness, baseline, A/B ------------------------------------------------------------------------
+
+
+def test_the_baseline_is_as_large_as_canary_lies_last_and_goes_when_the_share_is_half(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    spec = replace(SPEC, baseline=True, sticky=StickyKey(header="x-endcap-shopper"))
+    assert roll(tmp_path, target, clock, spec).outcome is Outcome.PROMOTED
+    shares = [line for line in target.log if line.startswith("shares")]
+    assert shares == [
+        "shares 2=0.05 1=0.9 1-baseline=0.05", "shares 2=0.25 1=0.5 1-baseline=0.25", "shares 2=0.5 1=0.5",
+        "shares 2=1",
+    ]  # fmt: skip
+    assert target.log.index("retire 1-baseline") < target.log.index("shares 2=1")
+    assert target.capacity == {"2"}
+    assert target.sticky == StickyKey(header="x-endcap-shopper")
+
+
+def test_with_a_baseline_a_canary_is_not_blamed_for_being_as_slow_as_anything_young(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1, fast=0.965))
+    target.behaviours = {**target.behaviours, "1": Behaviour()}
+    objectives = replace(
+        OBJECTIVES,
+        objectives=tuple(
+            replace(o, margin=0.02, goal=0.9) if o.name == "latency" else o for o in OBJECTIVES.objectives
+        ),
+    )  # fmt: skip
+    alone = roll(tmp_path / "alone", target, clock, objectives=objectives)
+    assert alone.outcome is Outcome.ROLLED_BACK
+    assert alone.reason.startswith("latency")
+
+    class Young(SimulatedTarget):
+        def _behaviour(self, label: str) -> Behaviour:
+            return Behaviour(fast=0.965) if label == "1-baseline" else self.behaviours[label]
+
+    clock = SimulatedClock()
+    spec = replace(SPEC, baseline=True, steps=tuple(Step(share, 2000, 60, 120) for share in (0.05, 0.25, 0.5, 1.0)))
+    young = Young(target.behaviours, clock, rate=1000.0)
+    result = roll(tmp_path / "beside", young, clock, spec, objectives=objectives)
+    decisions = list(read_json_lines(tmp_path / "beside" / "decisions.jsonl"))
+    at_half = next(line["at_s"] for line in decisions if line["action"] == "growing" and line["share"] == 0.5)
+    assert all(line["verdict"] != "fail" for line in decisions if line["at_s"] <= at_half), result.reason
+
+
+AB = replace(
+    SPEC, mode=Mode.AB, primary="click-through", sticky=StickyKey(header="x-endcap-shopper"),
+    steps=(Step(0.5, 100, 5, 300), Step(1.0, 100, 1, 60)),
+)  # fmt: skip
+
+
+def test_an_ab_test_promotes_what_is_better_and_only_that(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.12), rate=500)
+    assert roll(tmp_path / "better", target, clock, AB).outcome is Outcome.PROMOTED
+    target, clock = start(Behaviour(clicked=0.08), rate=500)
+    result = roll(tmp_path / "same", target, clock, AB)
+    assert result.outcome is Outcome.HELD
+    target, clock = start(Behaviour(clicked=0.03), rate=500)
+    assert roll(tmp_path / "worse", target, clock, AB).outcome is Outcome.ROLLED_BACK
+
+
+# ---- observed, not wished ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sticky", [None, StickyKey(header="x-endcap-shopper")])
+def test_a_share_that_the_traffic_does_not_follow_ends_the_rollout_with_that_reason(
+    sticky: StickyKey | None, tmp_path: Path
+) -> None:
+    target, clock = start(Behaviour())
+    target.followed = lambda shares: {"1": 1.0} if "1" in shares else shares
+    result = roll(tmp_path, target, clock, replace(SPEC, sticky=sticky))
+    assert result.outcome is Outcome.HELD
+    assert "the traffic does not follow" in result.reason
+    assert target.shares == {"1": 1.0}
+    assert clock.now_s() < 1_100, "said long before the step's time is over"
+
+
+def test_the_old_version_stays_while_it_still_receives_anything(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.followed = lambda shares: {"1": 0.02, "2": 0.98} if shares == {"2": 1.0} else shares
+    result = roll(tmp_path, target, clock)
+    assert result.outcome is Outcome.HELD
+    assert "1" in target.capacity
+    assert target.shares == {"1": 1.0}
+
+
+def test_a_split_of_shoppers_that_cannot_be_the_one_that_was_set_stops_the_analysis(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.shoppers_follow = lambda shares: {**shares, "2": shares.get("2", 0.0) * 0.5}
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=(Step(0.25, 100, 60, 120), *SPEC.steps[2:])))
+    assert result.outcome is Outcome.HELD
+    assert "sample-ratio mismatch" in result.reason
+
+
+def test_a_canary_that_lost_its_readiness_fails_though_others_answer_for_it(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.unready = frozenset({"2"})
+    result = roll(tmp_path, target, clock)
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert result.reason.startswith("availability")
+
+
+# ---- inconclusive: hold, then return ------------------------------------------------------------------------
+
+
+def test_an_inconclusive_rollout_holds_its_share_and_then_returns_the_traffic(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.0635), rate=120.0)
+    result = roll(tmp_path, target, clock, replace(SPEC, hold_s=200))
+    assert result.outcome is Outcome.HELD
+    assert "inconclusive after" in result.reason
+    lines = list(read_json_lines(tmp_path / "decisions.jsonl"))
+    held = next(line for line in lines if line["action"] == "holding")
+    returned = next(line for line in lines if line["action"] == "returning")
+    assert returned["at_s"] - held["at_s"] == pytest.approx(200, abs=2)
+    assert target.shares == {"1": 1.0}
+
+
+def test_evidence_that_comes_while_it_holds_lets_it_go_on(tmp_path: Path) -> None:
+    steps = (*SPEC.steps[:2], Step(0.5, 100, 5, 6), SPEC.steps[3])
+    target, clock = start(Behaviour(clicked=0.09), rate=120.0)
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=steps, hold_s=2000))
+    assert result.outcome is Outcome.PROMOTED
+    assert "holding" in {line["action"] for line in read_json_lines(tmp_path / "decisions.jsonl")}
+
+
+# ---- people ------------------------------------------------------------------------
+
+
+class Scripted(SimulatedClock):
+    """A clock at whose hours people ask for something, as another process would."""
+
+    def __init__(self, folder: Path, asks: Mapping[float, Mapping[str, object]]) -> None:
+        super().__init__()
+        self._folder, self._asks = folder, dict(asks)
+
+    def wait(self, seconds: float) -> None:
+        super().wait(seconds)
+        for at_s in sorted(at_s for at_s in self._asks if at_s <= self.now_s()):
+            with JsonLines(self._folder / "commands.jsonl") as commands:
+                commands.append({"by": "someone", **self._asks.pop(at_s)})
+
+
+def steered(
+    folder: Path, asks: Mapping[float, Mapping[str, object]], canary: Behaviour, spec: RolloutSpec = SPEC,
+    *, rate: float = 200.0,
+) -> tuple[RolloutResult, SimulatedTarget]:  # fmt: skip
+    clock = Scripted(folder, asks)
+    target = SimulatedTarget({"1": Behaviour(), "2": canary}, clock, rate)
+    return roll(folder, target, clock, spec), target
+
+
+def actions(folder: Path) -> list[tuple[str, float]]:
+    lines = read_json_lines(folder / "decisions.jsonl")
+    return [(line["action"], line["at_s"]) for line in lines if line["action"] != "look"]
+
+
+def test_a_paused_rollout_keeps_its_share_until_it_is_resumed(tmp_path: Path) -> None:
+    result, _ = steered(
+        tmp_path, {1003: {"command": "pause"}, 1500: {"command": "resume"}, 1501: {"command": "resume"}},
+        Behaviour(clicked=0.1),
+    )  # fmt: skip
+    assert result.outcome is Outcome.PROMOTED
+    grown = [at_s for action, at_s in actions(tmp_path) if action == "growing"]
+    assert grown[0] < 1003
+    assert grown[1] > 1500
+
+
+def test_a_paused_rollout_is_still_rolled_back_when_it_fails(tmp_path: Path) -> None:
+    result, target = steered(tmp_path, {1001: {"command": "pause"}}, Behaviour(clicked=0.001))
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert target.shares == {"1": 1.0}
+
+
+def test_a_step_that_needs_approval_waits_for_it_and_says_so(tmp_path: Path) -> None:
+    steps = (SPEC.steps[0], replace(SPEC.steps[1], approval=True), *SPEC.steps[2:])
+    asks = {1400: {"command": "approve", "step": 2}, 1401: {"command": "approve", "step": 2}}
+    result, _ = steered(tmp_path, asks, Behaviour(clicked=0.1), replace(SPEC, steps=steps))
+    assert result.outcome is Outcome.PROMOTED
+    lines = list(read_json_lines(tmp_path / "decisions.jsonl"))
+    assert "step 2 (25%) waits for approval" in {line["waiting"] for line in lines}
+    second = next(line["at_s"] for line in lines if line["action"] == "growing" and line["step"] == 2)
+    assert second >= 1400
+
+
+def test_approving_twice_approves_no_later_step(tmp_path: Path) -> None:
+    steps = tuple(replace(step, approval=True) for step in SPEC.steps)
+    asks = {1010 + i: {"command": "approve", "step": 1} for i in range(5)}
+    asks |= {1900: {"command": "abort"}}
+    result, _ = steered(tmp_path, asks, Behaviour(clicked=0.1), replace(SPEC, steps=steps))
+    assert result.outcome is Outcome.ABORTED
+    assert [action for action, _ in actions(tmp_path)].count("growing") == 1
+
+
+@pytest.mark.parametrize("at_s", [1000.5, 1004, 1030, 1050])
+def test_an_abort_returns_everything_from_wherever_it_stands(at_s: float, tmp_path: Path) -> None:
+    result, target = steered(
+        tmp_path, {at_s: {"command": "abort"}}, Behaviour(), replace(SPEC, shadow=ShadowSpec(0.1, 300, 100, None))
+    )  # fmt: skip
+    assert result.outcome is Outcome.ABORTED
+    assert result.reason == "aborted by someone"
+    assert target.shares == {"1": 1.0}
+    assert target.capacity == {"1"}
+    assert target.shadow is None
+
+
+def test_a_promotion_by_hand_still_waits_for_capacity_and_for_what_is_observed(tmp_path: Path) -> None:
+    asks = {1020: {"command": "promote"}, 1021: {"command": "promote"}}
+    result, target = steered(tmp_path, asks, Behaviour(clicked=0.07))
+    assert result.outcome is Outcome.PROMOTED
+    assert result.reason.startswith("promoted by someone")
+    shares = [line for line in target.log if line.startswith("shares")]
+    assert shares[-1] == "shares 2=1"
+    assert target.log.index("capacity 2") < target.log.index("shares 2=1") < target.log.index("retire 1")
+
+
+def test_nothing_grows_in_a_freeze_and_what_fails_is_rolled_back_in_it(tmp_path: Path) -> None:
+    spec = replace(SPEC, freeze=(DateFreeze(1_000, 1_600, "the sales"),))
+    result, _ = steered(tmp_path / "good", {}, Behaviour(clicked=0.1), spec)
+    assert result.outcome is Outcome.PROMOTED
+    assert min(at_s for action, at_s in actions(tmp_path / "good") if action == "growing") >= 1_600
+    waiting = {line["waiting"] for line in read_json_lines(tmp_path / "good" / "decisions.jsonl")}
+    assert any(why and why.endswith("the sales") for why in waiting)
+    later = replace(SPEC, freeze=(DateFreeze(1_005, 9_000, "the sales"),))
+    result, _ = steered(tmp_path / "wrong", {}, Behaviour(clicked=0.001), later)
+    assert result.outcome is Outcome.ROLLED_BACK
+
+
+def test_a_damaged_command_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"commands\.jsonl"):
+        steered(tmp_path, {1005: {"command": "explode"}}, Behaviour())
+
+
+# ---- the audit log ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("canary", [Behaviour(clicked=0.1), Behaviour(clicked=0.001), Behaviour(clicked=0.0635)])
+def test_the_audit_log_read_again_leads_to_the_same_state(canary: Behaviour, tmp_path: Path) -> None:
+    spec = replace(SPEC, shadow=ShadowSpec(0.1, 50, 60, None), hold_s=20)
+    steered(tmp_path, {1030: {"command": "pause"}, 1050: {"command": "resume"}}, canary, spec, rate=120)
+    path = tmp_path / "decisions.jsonl"
+    assert replay(spec, read_json_lines(path), where=path) == load_state(tmp_path)
+
+
+def test_every_decision_names_the_evidence_it_stood_on(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.001))
+    roll(tmp_path, target, clock)
+    (back,) = [line for line in read_json_lines(tmp_path / "decisions.jsonl") if line["action"] == "returning"]
+    seen = back["evidence"]["click-through"]
+    assert seen["verdict"] == "fail"
+    assert seen["canary"]["total"] > 0
+    assert seen["low"] <= seen["difference"] <= seen["high"] < 0
+    assert back["event"]["verdict"] == "fail"
+
+
+def test_a_checkpoint_that_is_lost_is_made_again_from_the_log(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1), rate=1000.0)
+    target.die_at = (20, "before")
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock)
+    (tmp_path / "state.json").unlink()
+    target.die_at = None
+    assert roll(tmp_path, target, clock).outcome is Outcome.PROMOTED
+
+
+def test_a_log_that_was_tampered_with_is_an_error(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    roll(tmp_path, target, clock)
+    path = tmp_path / "decisions.jsonl"
+    lines = [line for line in read_json_lines(path) if not (line["action"] == "growing" and line["step"] == 2)]
+    with pytest.raises(StateError, match="does not follow"):
+        replay(SPEC, lines, where=path)
+
+
+# ---- sources ------------------------------------------------------------------------
+
+BASKETS = replace(
+    OBJECTIVES, objectives=(*OBJECTIVES.objectives, Objective("baskets", 0.3, Good.COUNTED, None, None, None, 0.2))
+)
+
+
+class Baskets:
+    """Counts beside the target, at the same pace."""
+
+    def __init__(self, target: SimulatedTarget, canary: float, *, failing: bool = False) -> None:
+        self._target, self._canary, self._failing = target, canary, failing
+
+    def read(self, now_s: float) -> Mapping[str, Mapping[str, Counts]]:
+        if self._failing:
+            raise TargetError("Prometheus answered 500")
+        shares = {"1": 0.4, "2": self._canary}
+        return {"baskets": {
+            label: Counts(int(served.attempts * shares[label]), int(served.attempts))
+            for label, served in self._target.served.items()
+        }}  # fmt: skip
+
+
+def test_what_a_source_counts_decides_like_anything_else(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    result = roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.2)])
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert result.reason.startswith("baskets")
+    target, clock = start(Behaviour(clicked=0.1))
+    assert roll(tmp_path / "good", target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)]).outcome is (
+        Outcome.PROMOTED
+    )
+
+
+def test_a_source_that_fails_is_a_hold_with_its_reason_and_never_a_promotion(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    result = roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42, failing=True)])
+    assert result.outcome is Outcome.HELD
+    assert "Prometheus answered 500" in result.reason
+
+
+def test_an_engine_killed_anywhere_counts_a_source_s_events_neither_twice_nor_anew(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+    target.die_at = (25, "after")
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)])
+    target.die_at = None
+    target.served = {}  # a source made anew counts from nothing
+    roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)])
+    looks = list(read_json_lines(tmp_path / "looks.jsonl"))
+    counted = [look["versions"].get("1", {}).get("measured", {}).get("baskets", [0, 0])[1] for look in looks]
+    assert counted == sorted(counted)
+
+
+def test_margins_of_the_rollout_stand_over_those_of_the_objectives(tmp_path: Path) -> None:
+    from serving.rollout.spec import Margin
+
+    target, clock = start(Behaviour(clicked=0.06))
+    assert roll(tmp_path / "narrow", target, clock).outcome is not Outcome.PROMOTED
+    target, clock = start(Behaviour(clicked=0.06))
+    wide = replace(SPEC, margins={"click-through": Margin(relative=0.5)})
+    assert roll(tmp_path / "wide", target, clock, wide).outcome is Outcome.PROMOTED
+    with pytest.raises(InputError, match="no objective is called 'clicks'"):
+        roll(tmp_path / "none", target, clock, replace(SPEC, margins={"clicks": Margin(relative=0.5)}))
+
+
+def test_the_target_s_attribution_window_has_to_be_the_objective_s(tmp_path: Path) -> None:
+    target, clock = start(Behaviour())
+    longer = replace(
+        OBJECTIVES, objectives=tuple(
+            replace(o, window_s=2 * WINDOW_S) if o.window_s else o for o in OBJECTIVES.objectives
+        ),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="attributes clicks within 5 s"):
+        roll(tmp_path, target, clock, objectives=longer)

@@ -17,7 +17,7 @@ Proof. At true shares (u, v) the expectation's logarithm is ``n_k log(1 + r (u -
 in (u, v), 0 at (x, y), its gradient there ``(n_k r, n_c q)``, which by 2 is ``n_c q (-slope, 1)``: by 3 the outward
 normal of the half-plane. A concave function lies below its tangent plane, which is at most 0 on all of the half-plane.
 How well x was chosen plays no part, so one step of a fixed-point iteration a look suffices: with
-``a = x + r x (1 - x)`` and ``b = y + q y (1 - y)`` the wealth's factor is the likelihood ratio of (a, b) against (x, y),
+``a = x + r x (1 - x)`` and ``b = y + q y (1 - y)`` the wealth's factor is the likelihood ratio of (a, b) to (x, y),
 condition 2 says that (x, y) is the Kullback-Leibler projection of (a, b) onto the line, and the iteration steers ``a``
 towards control's running estimate; its remaining error costs a little power and no validity. The numbers of events of
 a look may be looked at (they are independent of what becomes of the events), its outcomes may not.
@@ -41,6 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from endcap.errors import InputError
 from endcap.objectives import Objective
 
 __all__ = ["BETTER", "CONTROL", "FAIL", "GOAL", "PASS", "Bets", "BetsState", "Kernel", "State"]
@@ -57,6 +58,9 @@ _GREATEST_STAKE = 0.95
 """The part of its wealth that a bet may lose to one of control's events at most."""
 _PRIOR_EVENTS = 20.0
 """Weight of the expected share in the running estimate of control's share, in events."""
+_GREATEST_LOOK = 20.0
+"""A look with this many times more control events than were seen before (and the prior's) is not bet on but learnt
+from: the estimate is too crude for so much at once."""
 _FIRST_STEPS = 4
 """Fixed-point steps before the first bet; afterwards one a look, from where the last one ended."""
 _NONE = 1e-9
@@ -262,9 +266,17 @@ class Kernel:
     """
 
     def __init__(self, objectives: Sequence[Objective], *, primary: str | None = None) -> None:
+        """``primary``: the objective that passes only when shown to be better (A/B mode).
+
+        Raises:
+            InputError: an objective without a margin, or ``primary`` is none of them.
+        """
         columns = [_bets_of(objective, better=primary is not None) for objective in objectives]
         self.objectives = tuple(objectives)
-        self.primary = None if primary is None else [objective.name for objective in objectives].index(primary)
+        self.names = tuple(objective.name for objective in objectives)
+        if primary is not None and primary not in self.names:
+            raise InputError(f"no objective named {primary!r}", next_step=f"the primary one is one of {self.names}")
+        self.primary = None if primary is None else self.names.index(primary)
         self.bad_goals: Floats = np.array([1 - objective.goal for objective in objectives])
         self._prior_bad = _PRIOR_EVENTS * self.bad_goals
         ordered = columns[0]
@@ -276,15 +288,20 @@ class Kernel:
             steps=np.array([[bet.reach for bet in column[:steps]] for column in columns]),
             fractions=np.array([bet.reach for bet in ordered[steps:]]),
         )
-        tests = [bet.test for bet in ordered]
-        first = tests.index(GOAL)
-        self._goal_bets = slice(first, first + tests.count(GOAL))
+        self._tests = [bet.test for bet in ordered]
+        goal = self.bets_of(GOAL)
+        self._goal_bets = slice(goal[0], goal[-1] + 1)
+        self._is_goal = np.array([own == GOAL for own in self._tests])
         self._weights = np.zeros((len(ordered), 5))
         for index, bet in enumerate(ordered):
             self._weights[index, bet.test] = bet.weight
         self._weights[:, FAIL] = (
             _CONTROL_WEIGHT * self._weights[:, CONTROL] + (1 - _CONTROL_WEIGHT) * self._weights[:, GOAL]
         )
+
+    def bets_of(self, test: int) -> list[int]:
+        """Which bets of an objective (the last axis of ``state.bets``) a test consists of."""
+        return [index for index, own in enumerate(self._tests) if own == test]
 
     def start(self, batch: tuple[int, ...] = ()) -> State:
         shape = (*batch, len(self.objectives))
@@ -307,7 +324,11 @@ class Kernel:
             canary_total / (control_total + _NONE), (canary_bad, canary_total - canary_bad),
             (control_bad, control_total - control_bad),
         )  # fmt: skip
-        gain[..., self._goal_bets] *= calm[..., None]
+        if not calm.all():
+            gain[..., self._goal_bets] *= calm[..., None]
+        known = control_total <= _GREATEST_LOOK * (state.control_total + _PRIOR_EVENTS)
+        if not known.all():
+            gain *= known[..., None] | self._is_goal
         state.control_bad += control_bad
         state.control_total += control_total
         log_e = state.bets.log_e
@@ -373,5 +394,5 @@ def _margin_line(objective: Objective) -> tuple[float, float]:
     if objective.margin is not None:
         return 1.0, objective.margin
     if objective.margin_relative is None:
-        raise ValueError(f"objective {objective.name} has no margin")
+        raise InputError(f"objective {objective.name} has no margin")
     return 1 - objective.margin_relative, objective.margin_relative

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Counts", "Stratum"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Counts", "Stratum", "counts_of"]
+
+_NOTHING = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +42,16 @@ class Stratum:
 
     canary: Counts
     control: Counts
+
+
+def counts_of(names: Sequence[str], look: Mapping[str, Stratum]) -> NDArray[np.float64]:
+    """[4, names]: canary's bad and all events, control's bad and all events; zeros where nothing was seen."""
+    rows = []
+    for name in names:
+        stratum = look.get(name)
+        if stratum is None:
+            rows.append(_NOTHING)
+        else:
+            canary, control = stratum.canary, stratum.control
+            rows.append((canary.total - canary.good, canary.total, control.total - control.good, control.total))
+    return np.ascontiguousarray(np.array(rows, dtype=np.float64).T)

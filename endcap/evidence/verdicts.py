@@ -1,150 +1,186 @@
 """From strata to verdicts: per objective, and for a rollout as a whole.
 
 **fail**: shown to be worse than control by more than the margin, or worse than the declared goal itself.
-**pass**: shown to be no worse than control by more than the margin (non-inferiority).
+**pass**: shown to be no worse than control by more than the margin (non-inferiority); the primary objective of an A/B
+rollout: shown to be better than control (superiority).
 **inconclusive**: neither. No data is inconclusive, never a pass.
 
 ``alpha`` bounds the chance that a rollout of a version that is in truth good enough is ever failed: it is shared over
-all fail tests (union bound). ``beta`` bounds the chance that a version worse by more than the margin in any one
-objective passes; all objectives must pass, so nothing is shared (intersection-union test).
+the objectives (union bound), and within one the mean of the two fail e-processes needs no further sharing. ``beta``
+bounds the chance that a version worse by more than the margin in any one objective, or no better than control in the
+primary one, passes: all must pass, so nothing is shared (intersection-union test, Berger 1982).
+
+The tests are those of :mod:`endcap.evidence.kernel`, where the proof is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from dataclasses import dataclass
 
-from endcap.evidence.sequential import Boundary, ConfidenceSequence, SequentialTest
-from endcap.evidence.strata import Counts, Stratum
+import numpy as np
+from numpy.typing import NDArray
+
+from endcap.evidence.intervals import Interval, Intervals
+from endcap.evidence.judgement import Judgement, Verdict
+from endcap.evidence.kernel import BETTER, CONTROL, FAIL, GOAL, PASS, Kernel, State
+from endcap.evidence.strata import Counts, Stratum, counts_of
 from endcap.objectives import Objective, Objectives
 
-__all__ = ["Evidence", "ObjectiveEvidence", "Verdict"]
+__all__ = ["Evidence", "ObjectiveEvidence"]
+
+Floats = NDArray[np.float64]
 
 
-class Verdict(StrEnum):
-    PASS = "pass"  # noqa: S105 - a verdict
-    FAIL = "fail"
-    INCONCLUSIVE = "inconclusive"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ObjectiveEvidence:
-    """All that was seen for one objective, and the tests on it."""
+    """What was seen for one objective. ``control``: its events in looks where canary had events too."""
 
     objective: Objective
-    worse_than_control: SequentialTest
-    worse_than_goal: SequentialTest
-    not_worse: SequentialTest
-    difference: ConfidenceSequence
-    canary: Counts = Counts()
-    control: Counts = Counts()
-    """Control's events in looks where canary had events too."""
-
-    @staticmethod
-    def start(objective: Objective, *, alpha: float) -> ObjectiveEvidence:
-        boundary = (
-            Boundary.margin(objective.margin)
-            if objective.margin is not None
-            else Boundary.relative_margin(objective.margin_relative or 0.1)
-        )
-        goal = objective.goal
-        return ObjectiveEvidence(
-            objective,
-            SequentialTest(boundary, -1, goal),
-            SequentialTest(Boundary.goal(goal), -1, goal),
-            SequentialTest(boundary, +1, goal),
-            ConfidenceSequence.start(goal, alpha=alpha),
-        )
-
-    def update(self, stratum: Stratum) -> ObjectiveEvidence:
-        if stratum.canary.total == 0:
-            return self
-        return replace(
-            self,
-            worse_than_control=self.worse_than_control.update(stratum),
-            worse_than_goal=self.worse_than_goal.update(Stratum(stratum.canary, Counts())),
-            not_worse=self.not_worse.update(stratum),
-            difference=self.difference.update(stratum),
-            canary=self.canary + stratum.canary,
-            control=self.control + stratum.control,
-        )
+    canary: Counts
+    control: Counts
+    difference: Interval
 
     @property
     def margin(self) -> float:
         """The margin as an absolute share, at control's share so far (its goal before any)."""
-        if self.objective.margin is not None:
-            return self.objective.margin
+        objective = self.objective
+        if objective.margin is not None or objective.margin_relative is None:
+            return objective.margin or 0.0
         control = self.control.share
-        return (self.objective.margin_relative or 0.1) * (self.objective.goal if control is None else control)
+        return objective.margin_relative * (objective.goal if control is None else control)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Evidence:
-    """The evidence of a rollout: one :class:`ObjectiveEvidence` an objective. Immutable; folds over looks."""
+    """The evidence of a rollout, of constant size. Immutable; folds over looks.
 
-    by_objective: Mapping[str, ObjectiveEvidence]
+    ``seen``: [4, objectives], canary's bad and all events, control's bad and all events, of looks where canary had any.
+    """
+
+    kernel: Kernel
+    state: State
+    seen: Floats
     alpha: float
     beta: float
-    looks: int = field(default=0)
+    looks: int = 0
+    intervals: Intervals | None = None
 
     @staticmethod
-    def start(objectives: Objectives, *, alpha: float = 0.05, beta: float = 0.05) -> Evidence:
-        return Evidence({o.name: ObjectiveEvidence.start(o, alpha=alpha) for o in objectives.objectives}, alpha, beta)
+    def start(
+        objectives: Objectives, *, alpha: float = 0.05, beta: float = 0.05, primary: str | None = None,
+        intervals: bool = True,
+    ) -> Evidence:  # fmt: skip
+        """``primary``: the objective that has to be shown to be better (A/B mode).
+
+        ``intervals``: keep the differences' confidence sequences too, for people; they decide nothing and cost several
+        times what the tests do.
+
+        Raises:
+            InputError: an objective without a margin, or ``primary`` is none of them.
+        """
+        kernel = Kernel(objectives.objectives, primary=primary)
+        return Evidence(
+            kernel, kernel.start(), np.zeros((4, len(kernel.objectives))), alpha, beta,
+            intervals=Intervals.start(objectives, alpha=alpha) if intervals else None,
+        )  # fmt: skip
 
     def update(self, look: Mapping[str, Stratum]) -> Evidence:
         """The evidence after one more look. Objectives without a stratum saw nothing in it."""
-        updated = {
-            name: evidence.update(look[name]) if name in look else evidence
-            for name, evidence in self.by_objective.items()
-        }
-        return replace(self, by_objective=updated, looks=self.looks + 1)
+        counts = counts_of(self.kernel.names, look)
+        state = self.state.copy()
+        canary_bad, canary_total, control_bad, control_total = counts
+        self.kernel.update(state, canary_bad, canary_total, control_bad, control_total)
+        return Evidence(
+            self.kernel, state, self.seen + counts * (canary_total > 0), self.alpha, self.beta, self.looks + 1,
+            None if self.intervals is None else self.intervals.update(look),
+        )  # fmt: skip
 
     @property
     def alpha_each(self) -> float:
-        return self.alpha / (2 * len(self.by_objective))
+        """The chance of a false fail that each objective has."""
+        return self.alpha / len(self.kernel.objectives)
 
-    def verdict_of(self, name: str) -> Verdict:
-        evidence = self.by_objective[name]
-        if evidence.worse_than_control.rejects(self.alpha_each) or evidence.worse_than_goal.rejects(self.alpha_each):
-            return Verdict.FAIL
-        if evidence.not_worse.rejects(self.beta):
-            return Verdict.PASS
-        return Verdict.INCONCLUSIVE
+    @property
+    def by_objective(self) -> Mapping[str, ObjectiveEvidence]:
+        canary_bad, canary_total, control_bad, control_total = self.seen.astype(np.int64).tolist()
+        return {
+            objective.name: ObjectiveEvidence(
+                objective,
+                Counts(canary_total[i] - canary_bad[i], canary_total[i]),
+                Counts(control_total[i] - control_bad[i], control_total[i]),
+                Interval() if self.intervals is None else self.intervals.interval_of(objective.name),
+            )
+            for i, objective in enumerate(self.kernel.objectives)
+        }
 
     @property
     def verdict(self) -> Verdict:
-        verdicts = {self.verdict_of(name) for name in self.by_objective}
+        verdicts = self._verdicts()
         if Verdict.FAIL in verdicts:
             return Verdict.FAIL
-        return Verdict.PASS if verdicts == {Verdict.PASS} else Verdict.INCONCLUSIVE
+        return Verdict.INCONCLUSIVE if Verdict.INCONCLUSIVE in verdicts else Verdict.PASS
 
-    def reason_of(self, name: str) -> str:
-        """One objective's verdict in words, with its figures."""
-        evidence = self.by_objective[name]
-        canary, control = evidence.canary, evidence.control
-        figures = f"{_share(canary)} of {canary.total} against {_share(control)} of {control.total}"
-        verdict = self.verdict_of(name)
-        if verdict is Verdict.FAIL:
-            if evidence.worse_than_control.rejects(self.alpha_each):
-                return f"{name}: worse than control by more than the margin ({figures})"
-            return f"{name}: worse than its goal of {evidence.objective.goal:.4g} ({_share(canary)} of {canary.total})"
-        if verdict is Verdict.PASS:
-            return f"{name}: no worse than control within the margin ({figures})"
-        return f"{name}: not enough evidence yet ({figures})"
+    def verdict_of(self, name: str) -> Verdict:
+        return self._verdicts()[self._index(name)]
 
     @property
     def reason(self) -> str:
         """Why the whole verdict is what it is: the objectives that decide it."""
-        verdict = self.verdict
-        names = [name for name in self.by_objective if self.verdict_of(name) is verdict]
+        return self.judgement.reason
+
+    def reason_of(self, name: str) -> str:
+        """One objective's verdict in words, with its figures."""
+        return self._reason_of(self._index(name), self._verdicts()[self._index(name)])
+
+    @property
+    def judgement(self) -> Judgement:
+        """All that a decision needs to know, without the numbers it came from."""
+        objectives, verdicts, verdict = self.kernel.objectives, self._verdicts(), self.verdict
+        reasons = {o.name: self._reason_of(i, verdicts[i]) for i, o in enumerate(objectives)}
         if verdict is Verdict.PASS:
-            figures = ", ".join(
-                f"{name} {_share(seen.canary)} (control {_share(seen.control)})"
-                for name, seen in self.by_objective.items()
-            )
-            return f"no objective is worse than control by more than its margin: {figures}"
-        return "; ".join(self.reason_of(name) for name in names)
+            figures = ", ".join(self._figures(i) for i in range(len(objectives)))
+            shown = "no objective is worse than control by more than its margin"
+            if self.kernel.primary is not None:
+                shown = f"{objectives[self.kernel.primary].name} is better than control, {shown}"
+            reason = f"{shown}: {figures}"
+        else:
+            reason = "; ".join(reasons[o.name] for o, own in zip(objectives, verdicts, strict=True) if own is verdict)
+        return Judgement(verdict, {o.name: own for o, own in zip(objectives, verdicts, strict=True)}, reason, reasons)
+
+    def _index(self, name: str) -> int:
+        return self.kernel.names.index(name)
+
+    def _verdicts(self) -> list[Verdict]:
+        fails, passes = len(self.kernel.objectives) / self.alpha, 1 / self.beta
+        primary = self.kernel.primary
+        return [
+            Verdict.FAIL
+            if peak[FAIL] >= fails
+            else (Verdict.PASS if peak[BETTER if i == primary else PASS] >= passes else Verdict.INCONCLUSIVE)
+            for i, peak in enumerate(self.state.peak.tolist())
+        ]
+
+    def _counts(self, i: int) -> tuple[Counts, Counts]:
+        canary_bad, canary_total, control_bad, control_total = (int(count) for count in self.seen[:, i])
+        return Counts(canary_total - canary_bad, canary_total), Counts(control_total - control_bad, control_total)
+
+    def _figures(self, i: int) -> str:
+        canary, control = self._counts(i)
+        return f"{self.kernel.objectives[i].name} {_share(canary)} (control {_share(control)})"
+
+    def _reason_of(self, i: int, verdict: Verdict) -> str:
+        objective = self.kernel.objectives[i]
+        name, (canary, control) = objective.name, self._counts(i)
+        figures = f"{_share(canary)} of {canary.total} against {_share(control)} of {control.total}"
+        if verdict is Verdict.FAIL:
+            if self.state.peak[i, CONTROL] >= self.state.peak[i, GOAL]:
+                return f"{name}: worse than control by more than the margin ({figures})"
+            return f"{name}: worse than its goal of {objective.goal:.4g} ({_share(canary)} of {canary.total})"
+        if verdict is Verdict.PASS:
+            how = "better than control" if i == self.kernel.primary else "no worse than control within the margin"
+            return f"{name}: {how} ({figures})"
+        return f"{name}: not enough evidence yet ({figures})"
 
 
 def _share(counts: Counts) -> str:

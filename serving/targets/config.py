@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from endcap.documents import describe_validation
 from endcap.errors import InputError, StateError
 from endcap.files import read_json, write_json
+from serving.gateway import Mark
 from serving.targets.base import StickyKey
 
 __all__ = [
@@ -116,6 +117,10 @@ class KeptShadow(_Model):
 
     label: str
     share: float = Field(gt=0, le=1)
+    began_at_s: float = 0.0
+    """Unix time of the first copy's turn; a change of the share does not begin anew."""
+    answers_from: dict[str, Mark] = Field(default_factory=dict)
+    """By file name, where the answers logs stood then."""
 
 
 class Kept(_Model):

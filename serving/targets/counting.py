@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,7 +15,7 @@ from endcap.files import read_json, write_json
 from serving.gateway import GatewaySettings, Mark, Tail, Tally, TallyCounts
 from serving.targets.config import Kept
 
-__all__ = ["TALLY_FILE", "Counting"]
+__all__ = ["TALLY_FILE", "Counting", "take"]
 
 TALLY_FILE = "tally.json"
 _AT_ONCE_BYTES = 1 << 20
@@ -80,11 +81,7 @@ class Counting:
             for tail, add in (
                 (self._attempts, self._tally.add_attempts), (self._outcomes, self._tally.add_outcomes),
             ):  # fmt: skip
-                more = True
-                while more:
-                    lines = await asyncio.to_thread(tail.lines, at_most_bytes=_AT_ONCE_BYTES)
-                    add(lines)
-                    more = sum(map(len, lines)) + len(lines) >= _AT_ONCE_BYTES
+                await take(tail, add)
             return self._tally.counts()
 
     async def save(self) -> None:
@@ -103,6 +100,19 @@ class Counting:
             )  # fmt: skip
             await asyncio.to_thread(write_json, self._path, document.model_dump(mode="json"))
             self._kept_at = marks
+
+
+async def take(tail: Tail, add: Callable[[Sequence[bytes]], None]) -> None:
+    """Hand ``add`` all lines of ``tail`` that are whole by now, so many at once that the event loop is not stopped.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    more = True
+    while more:
+        lines = await asyncio.to_thread(tail.lines, at_most_bytes=_AT_ONCE_BYTES)
+        add(lines)
+        more = sum(map(len, lines)) + len(lines) >= _AT_ONCE_BYTES
 
 
 def _goes_on(path: Path, mark: Mark) -> bool:

@@ -24,6 +24,7 @@ from endcap.processes import free_port, last_line, spawn, stop
 from serving.gateway import Endpoint, HostHealth, VersionEndpoints, cluster_name
 from serving.targets.base import ModelVersion
 from serving.targets.children import exit_of, until_ready
+from serving.targets.comparing import answers_file
 from serving.targets.config import SupervisorConfig
 
 __all__ = ["Fleet", "Phase", "Slot", "TargetEvent", "backoff_s"]
@@ -279,7 +280,7 @@ class Fleet:
             sys.executable, "-m", config.server_module, "--package", str(slot.version.package),
             "--public-key", str(config.public_key), "--version", slot.version.label, "--zone", slot.zone,
             "--host", config.host, "--port", str(slot.port), "--impression-key", str(self._impression_key),
-            *config.server_arguments,
+            "--answers", str(answers_file(config.folder, slot.name)), *config.server_arguments,
         ]  # fmt: skip
 
 

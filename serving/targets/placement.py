@@ -21,6 +21,7 @@ from endcap.errors import (
 from serving.gateway import Copies, Envoy, Routing, cluster_name, shadow_name, weights
 from serving.targets.base import ModelVersion
 from serving.targets.collector import Collector
+from serving.targets.comparing import answers_until_now, drop_answers
 from serving.targets.config import Kept, KeptShadow, KeptVersion, SupervisorConfig, write_state
 from serving.targets.fleet import Fleet, Slot, TargetEvent
 from serving.targets.wire import AcquireReply, AcquireRequest, RetireRequest, ShadowRequest, SharesRequest
@@ -252,10 +253,17 @@ class Placement:
                 return
             if request.share <= 0:
                 raise InputError("a shadow needs a share", next_step="give it one, or end the shadow")
-            shadow = KeptShadow(label=request.label, share=request.share)
-            if shadow == self.kept.shadow:
+            now = self.kept.shadow
+            if now is not None and (now.label, now.share) == (request.label, request.share):
                 return
-            await self._until_one_is_healthy(shadow.label, request.token)
+            await self._until_one_is_healthy(request.label, request.token)
+            if now is not None and now.label == request.label:
+                shadow = now.model_copy(update={"share": request.share})
+            else:
+                shadow = KeptShadow(
+                    label=request.label, share=request.share, began_at_s=time.time(),
+                    answers_from=answers_until_now(self._config.folder),
+                )  # fmt: skip
             before = self._shadow_clustered
             if before != shadow.label:
                 await self._end_shadow(request.token)
@@ -318,6 +326,8 @@ class Placement:
             shadow = None if self._shadow_clustered == label else self._shadow_clustered
             await self._place_clusters([other for other in self._clustered if other != label], shadow=shadow)
             await self.fleet.remove(leaving)
+        for slot in leaving:
+            drop_answers(self._config.folder, slot.name)
         self._emit(TargetEvent("version_retired", label))
 
     async def _drain(self, label: str) -> None:

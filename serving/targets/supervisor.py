@@ -25,9 +25,10 @@ from endcap.processes import bind_to_parent
 from serving.asgi import listen
 from serving.gateway import Envoy, GatewaySettings, TallyCounts, VersionCounts
 from serving.impressions import ensure_key
-from serving.targets.base import Counts, ModelVersion, Observation, VersionObservation
+from serving.targets.base import Counts, ModelVersion, Observation, ShadowObservation, VersionObservation
 from serving.targets.children import exit_of
 from serving.targets.collector import Collector, VersionEvidence
+from serving.targets.comparing import Comparing
 from serving.targets.config import (
     FAILED_FILE,
     TARGET_FILE,
@@ -57,6 +58,8 @@ __all__ = ["Supervisor", "main", "run_supervisor"]
 log = logging.getLogger("endcap.target")
 _LOG_READ_S = 1.0
 _LOG_KEEP_S = 3.0
+_ANSWERS_LAG_S = 2.5
+"""How much later than it was given an answer may be found in its replica's log, by a busy machine."""
 
 
 class Supervisor:
@@ -77,6 +80,9 @@ class Supervisor:
         self.collector = Collector(config, impression_key=key, emit=self.emit)
         self.placement = Placement(config, kept, self.envoy, self.collector, impression_key=key, emit=self.emit)
         self._counting = Counting(config.folder, settings, config.thresholds_ms, kept)
+        self._comparing = Comparing(
+            config.folder, config.thresholds_ms, patience_s=settings.request_timeout_s + _ANSWERS_LAG_S
+        )
         self._damaged_lines = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._control_token = secrets.token_urlsafe(32)
@@ -198,6 +204,7 @@ class Supervisor:
         keep_at_s = time.monotonic() + _LOG_KEEP_S
         while True:
             await self._read_logs()
+            await self._read_answers()
             if time.monotonic() > keep_at_s:
                 await self._keep_counts()
                 keep_at_s = time.monotonic() + _LOG_KEEP_S
@@ -207,6 +214,13 @@ class Supervisor:
         counts = await self._counting.read()
         self._damaged_lines = counts.damaged_lines
         return counts
+
+    async def _read_answers(self) -> ShadowObservation | None:
+        try:
+            return await self._comparing.read(self.placement.kept.shadow)
+        except StorageError as error:  # no data about a shadow; what serves goes on
+            log.error("%s", error)
+            return None
 
     async def _keep_counts(self) -> None:
         try:
@@ -249,6 +263,7 @@ class Supervisor:
             },
             outcomes=Counts(counts.outcomes_good, counts.outcomes_total),
             window_s=seen.window_s,
+            shadow=await self._read_answers(),
         )
         return ObservationReply.of(observation)
 

@@ -76,6 +76,42 @@ def test_the_collector_s_death_loses_no_feedback(target: LocalTarget) -> None:
     assert target.state().feedback_pid not in (None, before)
 
 
+def test_a_shopper_counts_once_since_the_asked_time(target: LocalTarget) -> None:
+    assert target.observe().versions["1"].shoppers.total == 0
+    begin = target.observe().at_s
+    for _ in range(3):
+        tell(target, recommend(target), "clicked")
+    eventually(lambda: target.observe(shoppers_since_s=begin).versions["1"].shoppers.total == 1, what="a window closed")
+    seen = target.observe(shoppers_since_s=begin)
+    assert (seen.versions["1"].shoppers.good, seen.window_s) == (1, 3.0)
+
+
+def test_a_shadow_s_answers_are_compared_with_those_that_shoppers_got(target: LocalTarget, folder: Path) -> None:
+    shadow, token = ModelVersion("3", make_package(folder / "3")), target.acquire("test")
+    target.ensure_capacity({shadow: 0.05}, token=token)
+    assert target.observe().shadow is None
+    open_impressions = target.observe().versions["1"].impressions_open
+    target.set_shadow(shadow, share=1.0, token=token)
+    for _ in range(20):
+        recommend(target)
+
+    def compared() -> bool:
+        seen = target.observe().shadow
+        return seen is not None and seen.pairs == 20
+
+    eventually(compared, what="both answers of each request are found")
+    seen = target.observe()
+    assert seen.shadow is not None
+    assert (seen.shadow.version, seen.shadow.answered.good, seen.shadow.answered.total) == ("3", 20, 20)
+    assert (seen.shadow.overlap, seen.shadow.score_drift) == (1.0, 0.0), "the same package answers the same"
+    assert seen.shadow.within_ms[100].total == 20
+    assert seen.versions["3"].attempts.total == seen.versions["3"].impressions_open == 0
+    assert seen.versions["1"].impressions_open <= open_impressions + 20
+    target.set_shadow(None, token=token)
+    assert target.observe().shadow is None
+    target.retire("3", token=token)
+
+
 def test_one_byte_changed_in_a_package_keeps_it_from_serving(target: LocalTarget, folder: Path) -> None:
     tampered = make_package(folder / "tampered")
     graph = next(tampered.glob("*.onnx"))

@@ -55,7 +55,7 @@ def decision_record(spec: RolloutSpec, decided: Decision, *, shadow: Mapping[str
         "seq": state.seq, "at_s": decided.at_s, "rollout": spec.name, "from": state.stable, "to": state.canary,
         "step": state.step + 1, "share": share_now(spec, state), "phase": state.phase, "action": decided.action,
         "verdict": evidence.verdict, "outcome": state.outcome, "reason": state.reason, "waiting": state.waiting,
-        "event": event, "evidence": _evidence(evidence),
+        "event": event, "evidence": _evidence(evidence, lift_of=spec.primary),
     }  # fmt: skip
     return record if shadow is None else {**record, "shadow": shadow}
 
@@ -67,8 +67,9 @@ def share_now(spec: RolloutSpec, state: State) -> float | None:
     return spec.steps[state.step].share if state.phase in (Phase.GROWING, Phase.OBSERVING, Phase.HOLDING) else None
 
 
-def _evidence(evidence: Evidence) -> dict[str, Any]:
-    objectives = {}
+def _evidence(evidence: Evidence, *, lift_of: str | None) -> dict[str, Any]:
+    """``lift_of``: the objective that an A/B rollout is about; its lift is told too."""
+    objectives: dict[str, Any] = {}
     for name, seen in evidence.by_objective.items():
         low, high = seen.difference.interval
         canary, control = seen.canary.share, seen.control.share
@@ -77,6 +78,11 @@ def _evidence(evidence: Evidence) -> dict[str, Any]:
             "control": {"good": seen.control.good, "total": seen.control.total},
             "difference": None if canary is None or control is None else canary - control,
             "low": low, "high": high, "margin": seen.margin, "verdict": evidence.verdict_of(name),
+        }  # fmt: skip
+    if lift_of is not None and evidence.intervals is not None:
+        interval = evidence.intervals.lift_interval_of(lift_of)
+        objectives[lift_of]["lift"] = {
+            "value": evidence.intervals.lift_of(lift_of), "low": interval.low, "high": interval.high,
         }  # fmt: skip
     return objectives
 

@@ -316,6 +316,10 @@ AB = replace(
 def test_an_ab_test_promotes_what_is_better_and_only_that(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.12), rate=500)
     assert roll(tmp_path / "better", target, clock, AB).outcome is Outcome.PROMOTED
+    *_, last = read_json_lines(tmp_path / "better" / "decisions.jsonl")
+    lift = last["evidence"]["click-through"]["lift"]
+    assert 0 < lift["low"] <= lift["value"] <= lift["high"]
+    assert lift["value"] == pytest.approx(0.5, abs=0.02)
     target, clock = start(Behaviour(clicked=0.08), rate=500)
     result = roll(tmp_path / "same", target, clock, AB)
     assert result.outcome is Outcome.HELD

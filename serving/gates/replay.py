@@ -62,6 +62,7 @@ def replica(package: Path, public_key: Path, *, label: str, folder: Path) -> Ite
         PackageError: it ended, or did not become ready, with the server's own last words.
     """
     path = folder / f"{label}.log"
+    path.unlink(missing_ok=True)  # last words are this replica's
     for attempt in range(1, _PORT_TRIES + 1):
         port = free_port()
         process = spawn(

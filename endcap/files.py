@@ -212,6 +212,23 @@ class FolderLock:
         self._handle = handle
         return self
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody holds it now; asking changes nothing in the folder."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise from_os_error(error, doing=f"looking at {self.path}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
         if self._handle is not None:

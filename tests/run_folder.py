@@ -1,7 +1,8 @@
 """A run folder as a demo leaves it, from a seed: raw records only, for tests of what is computed from them.
 
-Five rollouts (1 -> 2 promoted; 2 -> 3, 4 and 5 rolled back by click-through, availability and latency; a tampered
-package refused) and two drills (a replica killed, a zone lost), under one load. Nothing here is a measurement.
+Six rollouts (1 -> 2 promoted; 2 -> 3, 4 and 5 rolled back by click-through, availability and latency; a tampered
+package refused; 2 -> 6 aborted) and two drills (a replica killed, a zone lost), under one load. Nothing here is a
+measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 START_S = 1_794_700_800.0
-CLICK_SHARE = {"1": 0.079, "2": 0.094, "3": 0.004, "4": 0.094, "5": 0.094}
+CLICK_SHARE = {"1": 0.079, "2": 0.094, "3": 0.004, "4": 0.094, "5": 0.094, "6": 0.094}
 
 OBJECTIVES = """\
 apiVersion: endcap.dev/v1alpha1
@@ -42,6 +43,10 @@ class PlannedRollout:
     """``(seconds after the load's start, share)``; the last is when it ended."""
     verdict: str
     reason: str
+    shadow_s: float | None = None
+    """When copies of requests began to go to it, before its first step."""
+    standstills: tuple[tuple[str, float, float], ...] = ()
+    """Pauses and holds: ``(kind, from, until)``."""
 
 
 ROLLOUTS = (
@@ -51,6 +56,8 @@ ROLLOUTS = (
         ((12, 0.05), (30, 0.25), (46, 0.5), (60, 1.0), (66, 1.0)),
         "promoted",
         "every gate passed at 5, 25, 50 and 100 %",
+        shadow_s=6,
+        standstills=(("pause", 35, 40), ("wait", 43, 46)),
     ),
     PlannedRollout(
         "2",
@@ -65,6 +72,7 @@ ROLLOUTS = (
         ((118, 0.05), (131, 0.0)),
         "rolled_back",
         "availability: shown to be worse than control by more than the margin",
+        standstills=(("hold", 125, 131),),
     ),
     PlannedRollout(
         "2",
@@ -80,6 +88,7 @@ ROLLOUTS = (
         "refused",
         "the package does not verify: model.onnx differs from its signed digest",
     ),
+    PlannedRollout("2", "6", ((152, 0.05), (155.5, 0.0)), "aborted", "aborted by ann@shop"),
 )
 KILL_AT_S, KILL_SPAN = 162.0, (156.0, 178.0)
 ZONE_AT_S, ZONE_BACK_S, ZONE_SPAN = 196.0, 214.0, (190.0, 228.0)
@@ -92,6 +101,7 @@ NAMES = {
     "4": "2, failing part of the requests",
     "5": "2, stalling for part of the requests",
     "tampered": "2, one byte changed after signing",
+    "6": "2, trained again",
 }
 EXPECTED = {
     "rollouts": {"2": "promoted", "3": "rolled_back", "4": "rolled_back", "5": "rolled_back", "tampered": "refused"},
@@ -315,9 +325,11 @@ def _rollout(folder: Path, number: int, plan: PlannedRollout, rng: np.random.Gen
         reason: str,
         evidence: Any,
         outcome: str | None = None,
+        **more: Any,
     ) -> None:
         records.append(
             {
+                "seq": len(records) + 1,
                 "at_s": START_S + at,
                 "rollout": name,
                 "from": plan.stable,
@@ -329,36 +341,56 @@ def _rollout(folder: Path, number: int, plan: PlannedRollout, rng: np.random.Gen
                 "verdict": verdict,
                 "outcome": outcome,
                 "reason": reason,
+                "waiting": None,
+                "event": None,
                 "evidence": evidence,
+                **more,
             }
         )
 
-    record(begin, 1, plan.steps[0][1] or 0.05, "start", "inconclusive", "started", {})
+    record(begin if plan.shadow_s is None else plan.shadow_s, 1, None, "start", "inconclusive", "started", {},
+           phase="gating")  # fmt: skip
+    if plan.shadow_s is not None:
+        record(plan.shadow_s + 0.2, 1, None, "shadowing", "inconclusive", "10% of the requests are copied to it", {})
     seen = _Seen(rng, plan.candidate, plan.stable) if plan.verdict != "refused" else None
     evidence: Any = {}
+    received = [0, 0]
     for step, ((at, share), (until, _)) in enumerate(itertools.pairwise(plan.steps), 1):
         if seen is None:
             break
         record(at, step, share, "observing", "inconclusive", f"step {step} of 4: {share:.0%}", evidence)
-        look = at + 0.5
+        look, kind = at + 0.5, None
         while look < until - 0.25:
             evidence = seen.look(rate * share / 2, rate * (1 - share) / 2)
-            record(look, step, share, "look", "inconclusive", "more evidence is needed", evidence)
+            received[0] += int(rng.binomial(int(rate / 2), share))
+            received[1] += int(rate / 2)
+            event: dict[str, Any] = {
+                "kind": "looked", "received": {"canary_attempts": received[0], "canary_requests": received[0],
+                                               "requests": received[1]},
+            }  # fmt: skip
+            now = next((k for k, since, to in plan.standstills if since <= look < to), None)
+            if now != kind and "pause" in (now, kind):
+                asked = "pause" if now == "pause" else "resume"
+                event = {"kind": "commanded", "command": asked, "by": "ann@shop", "number": 1, "step": None}
+            kind = now
+            waiting = {"pause": "paused by ann@shop", "wait": "step 3 (50%) waits for approval"}.get(now or "")
+            phase = "holding" if now == "hold" else "observing"
+            record(look, step, share, "look", "inconclusive", "more evidence is needed", evidence, phase=phase,
+                   waiting=waiting, event=event)  # fmt: skip
             look += 0.5
     verdict = {"promoted": "pass", "rolled_back": "fail"}.get(plan.verdict, "inconclusive")
     decided = "retiring" if plan.verdict == "promoted" else "returning"
     last = 1.0 if plan.verdict == "promoted" else 0.0
     record(end - 0.2, len(plan.steps) - 1, last, decided, verdict, plan.reason, evidence, plan.verdict)
-    record(end, len(plan.steps) - 1, last, "end", verdict, plan.reason, evidence, plan.verdict)
+    record(end, len(plan.steps) - 1, last, "end", verdict, plan.reason, evidence, plan.verdict, phase="done")
     _lines(home / "decisions.jsonl", records)
     state = {
         "phase": "done",
         "step": len(plan.steps) - 2,
         "stable": plan.stable,
         "canary": plan.candidate,
-        "started_at_s": START_S + begin,
+        "started_at_s": START_S + (begin if plan.shadow_s is None else plan.shadow_s),
         "step_at_s": START_S + begin,
-        "step_attempts": 0,
         "intent": [],
         "verdict": plan.verdict,
         "reason": plan.reason,

@@ -32,7 +32,14 @@ SECTIONS = (
     ("objectives", "Objectives"), ("data", "Data"), ("environment", "Environment"), ("definitions", "Definitions"),
     ("rerun", "Rerun"),
 )  # fmt: skip
-SAID = {"promoted": "promoted", "rolled_back": "rolled back", "refused": "refused", "held": "held", None: "unfinished"}
+SAID = {
+    "promoted": "promoted", "rolled_back": "rolled back", "refused": "refused", "held": "held", "aborted": "aborted",
+    None: "unfinished",
+}  # fmt: skip
+TALLIED = (
+    ("promoted", "Promoted"), ("rolled_back", "Rolled back"), ("held", "Held, inconclusive"), ("refused", "Refused"),
+    ("aborted", "Aborted"),
+)  # fmt: skip
 PERCENTILES = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
@@ -129,6 +136,7 @@ class RolloutCard:
     to_name: str | None
     expected: str | None
     met: bool | None
+    course: plots.Course | None
     plots: tuple[plots.EvidencePlot, ...]
 
 
@@ -202,6 +210,7 @@ def _context(run: Run, summary: Summary, measures: tuple[Recovery | None, ...]) 
         "title": f"{'Synthetic data: ' if run.synthetic else ''}{run.card.name}, endcap report",
         "headline": _headline(summary, rollouts, drills),
         "rollouts": rollouts,
+        "tally": _tally(summary),
         "drills": drills,
         "tones": tones,
         "version_tones": {label: plots.colour(run.versions, label) for label in run.versions},
@@ -270,8 +279,15 @@ def _rollout_card(run: Run, number: int, pair: tuple[Rollout, RolloutSummary]) -
     return RolloutCard(
         f"R{number}", summary, plots.colour(run.versions, rollout.stable), plots.colour(run.versions, rollout.canary),
         names.get(rollout.stable), names.get(rollout.canary), None if want is None else SAID[want], met,
-        plots.evidence_charts(run, rollout),
+        plots.course(run, rollout), plots.evidence_charts(run, rollout),
     )  # fmt: skip
+
+
+def _tally(summary: Summary) -> list[tuple[str, int]]:
+    """How many rollouts ended in which way; what the evidence did not decide is counted apart."""
+    ended = [rollout.verdict for rollout in summary.rollouts]
+    found = [(name, ended.count(verdict)) for verdict, name in TALLIED]
+    return found + ([("Unfinished", ended.count(None))] if None in ended else [])
 
 
 def _drill_card(run: Run, number: int, drill: Drill, summary: DrillSummary, measured: Recovery | None) -> DrillCard:
@@ -301,7 +317,7 @@ def _headline(summary: Summary, rollouts: Sequence[RolloutCard], drills: Sequenc
             return f"{summary.reasons[0]}."
         return f"{len(summary.reasons)} things did not happen as expected."
     parts = []
-    for verdict in ("promoted", "rolled_back", "refused", "held"):
+    for verdict in ("promoted", "rolled_back", "refused", "held", "aborted"):
         labels = [card.summary.to for card in rollouts if card.summary.verdict == verdict]
         if labels:
             noun = "version" if all(label.isdigit() for label in labels) else "candidate"

@@ -15,12 +15,14 @@ from endcap.objectives import Good, Objective, Objectives
 from endcap.outcomes import exact_percentile
 from endcap.recovery import Recovery
 from endcap.report.charts import Axis, Chart, linear_ticks, log_ticks, plain, stack, time_ticks
-from endcap.report.run import Drill, Evaluation, Judged, Requests, Rollout, Run, Training, shares_set
+from endcap.report.run import Decision, Drill, Evaluation, Judged, Requests, Rollout, Run, Training, shares_set
 from endcap.report.series import Slices, rolling_share
 
 __all__ = [
+    "Course",
     "Span",
     "Timeline",
+    "course",
     "drill_chart",
     "evidence_charts",
     "history_chart",
@@ -274,7 +276,123 @@ def _click_chart(run: Run, slices: Slices, x: Axis) -> Chart:
     return chart
 
 
-# ---- one rollout's evidence --------------------------------------------------------------------------
+# ---- one rollout's course and evidence ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """A rollout's share over time. ``marks``: what the legend has to explain, each a css class and its words."""
+
+    chart: Markup
+    marks: tuple[tuple[str, str], ...]
+
+
+_MARKS = {
+    "shadow": "copies of requests only, before any traffic",
+    "hold": "held: inconclusive, for more evidence or a person",
+    "pause": "paused by a person",
+    "wait": "waits: for approval, or for the end of a freeze",
+}
+
+
+def course(run: Run, rollout: Rollout) -> Course | None:
+    """The share that was set and the share that came, and when the rollout did not go on and why."""
+    steps = _steps(rollout)
+    spans = _standstills(rollout)
+    if not steps and not spans:
+        return None
+    start, end = rollout.started_at_s, _length(rollout)
+    last = 1.0 if rollout.verdict == "promoted" else 0.0
+    times, shares = [0.0, *(at for at, _ in steps)], [0.0, *(share for _, share in steps)]
+    if rollout.verdict is not None:
+        times.append(end)
+        shares.append(last)
+    x = _time_axis(end)
+    y = Axis(0, 1.12, (0, 0.5, 1), format=lambda share: f"{share:.0%}")
+    said = ", ".join(f"{percent(share)} after {_after(at)}" for at, share in steps) or "no share"
+    stood = "; ".join(f"{_MARKS[kind].split(':')[0]} for {_after(until - at)}" for kind, at, until in spans)
+    chart = Chart(f"Share of version {rollout.canary} over time: {said}{'; ' + stood if stood else ''}.", x, y, 84,
+                  "Share of the requests")  # fmt: skip
+    for kind, at, until in spans:
+        chart.vband(at, until, f"span {kind}")
+    tone = colour(run.versions, rollout.canary)
+    came = _came(rollout, end)
+    if came is not None:
+        chart.dots(*came, f"came {tone}")
+    chart.line([*times, end], [*shares, shares[-1]], f"strong {tone}", step=True)
+    decided = next((d for d in rollout.decisions if d.outcome is not None), None)
+    if decided is not None:
+        chart.vline(decided.at_s - start, "moment")
+    kinds = dict.fromkeys(kind for kind, _, _ in spans)
+    return Course(chart.html(), tuple((kind, _MARKS[kind]) for kind in kinds))
+
+
+def _standstills(rollout: Rollout) -> tuple[tuple[str, float, float], ...]:
+    """``(kind, from, until)``, in seconds after the start, in which the share was not to grow."""
+    found: list[tuple[str, float, float]] = []
+    kind, since_s, paused = None, 0.0, False
+    for decision in rollout.decisions:
+        at_s = decision.at_s - rollout.started_at_s
+        asked = decision.event.command if decision.event is not None else None
+        paused = (paused or asked == "pause") and asked != "resume" and decision.phase != "growing"
+        now = _standstill(decision, paused=paused)
+        if now != kind:
+            if kind is not None:
+                found.append((kind, since_s, at_s))
+            kind, since_s = now, at_s
+    if kind is not None:
+        found.append((kind, since_s, _length(rollout)))
+    return tuple(found)
+
+
+def _standstill(decision: Decision, *, paused: bool) -> str | None:
+    if decision.outcome is not None:
+        return None
+    if paused:
+        return "pause"
+    if decision.phase == "shadowing":
+        return "shadow"
+    if decision.phase == "holding":
+        return "hold"
+    return "wait" if decision.waiting is not None else None
+
+
+def _came(rollout: Rollout, end_s: float) -> tuple[Floats, Floats] | None:
+    """The part of the requests that canary got, each over about a fortieth of the rollout's time."""
+    every_s = max(end_s / 40, 1.0)
+    times, shares = [], []
+    before: tuple[float, int, int] | None = None
+    for decision in rollout.decisions:
+        received = decision.event.received if decision.event is not None else None
+        if received is None:
+            continue
+        at_s = decision.at_s - rollout.started_at_s
+        if before is None:
+            before = (at_s, received.canary_requests, received.requests)
+            continue
+        since_s, canary, requests = before
+        if at_s - since_s < every_s:
+            continue
+        if received.requests > requests:
+            times.append((since_s + at_s) / 2)
+            shares.append((received.canary_requests - canary) / (received.requests - requests))
+        before = (at_s, received.canary_requests, received.requests)
+    return (np.array(times), np.array(shares)) if times else None
+
+
+def _length(rollout: Rollout) -> float:
+    """Seconds from its start to its end, or to the last that is known of it."""
+    ends = rollout.ended_at_s or max((d.at_s for d in rollout.decisions), default=rollout.started_at_s)
+    return max(ends - rollout.started_at_s, 1.0)
+
+
+def _time_axis(end_s: float) -> Axis:
+    words = _after if end_s < 300 else clock
+    return Axis(0, end_s, tuple(time_ticks(0, end_s, 6)), format=words)
+
+
+def _after(seconds: float) -> str:
+    return f"{plain(round(seconds, 1))} s" if seconds < 300 else f"{plain(round(seconds / 60))} min"
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +406,9 @@ class EvidencePlot:
 
 def evidence_charts(run: Run, rollout: Rollout) -> tuple[EvidencePlot, ...]:
     """One chart an objective: canary minus control, its interval and the margin, until the decision."""
-    names = list(dict.fromkeys(name for decision in rollout.decisions for name in decision.evidence))
+    declared = [objective.name for objective in run.objectives.objectives] if run.objectives else []
+    found = dict.fromkeys(name for decision in rollout.decisions for name in decision.evidence)
+    names = [*(name for name in declared if name in found), *(name for name in found if name not in declared)]
     return tuple(plot for name in names if (plot := _evidence(run, rollout, name)) is not None)
 
 
@@ -318,8 +438,7 @@ def _evidence(run: Run, rollout: Rollout, name: str) -> EvidencePlot | None:
     settled += [] if final.difference is None else [final.difference]
     bottom = max(-1.0, min([-2.2 * widest] + [1.15 * v for v in settled]))
     top = min(1.0, max([1.2 * widest] + [1.15 * v for v in settled]))
-    end = (rollout.ended_at_s or start + times[-1]) - start
-    x = Axis(0, max(end, 1.0), tuple(time_ticks(0, max(end, 1.0), 6)), format=lambda t: f"{plain(t)} s")
+    x = _time_axis(_length(rollout))
     y = Axis(bottom, top, tuple(linear_ticks(bottom, top, 4)), format=points)
     finding = _finding(final, floor, roof)
     chart = Chart(f"{name}, canary minus control over time: {finding}.", x, y, 132)
@@ -341,7 +460,7 @@ def _evidence(run: Run, rollout: Rollout, name: str) -> EvidencePlot | None:
     decided = next((d for d in rollout.decisions if d.outcome is not None), None)
     if decided is not None:
         chart.vline(decided.at_s - start, "moment")
-    events = f"{final.canary.total:,} canary events, {final.control.total:,} control"
+    events = f"{final.canary.total:,} canary events, {final.control.total:,} control{_lift_words(final)}"
     return EvidencePlot(name, final.verdict, finding, events, chart.html())
 
 
@@ -349,7 +468,8 @@ def _steps(rollout: Rollout) -> list[tuple[float, float]]:
     """When each share was first in force (seconds after the rollout's start)."""
     found: list[tuple[float, float]] = []
     for decision in rollout.decisions:
-        settled = decision.action not in ("start", "growing") and decision.outcome is None
+        settled = "growing" not in (decision.action, decision.phase) and decision.action != "start"
+        settled = settled and decision.outcome is None
         if settled and decision.share is not None and (not found or found[-1][1] != decision.share):
             found.append((decision.at_s - rollout.started_at_s, decision.share))
     return found
@@ -386,6 +506,16 @@ def _finding(judged: Judged, floor: float, roof: float) -> str:
         interval = f"interval {said(judged.low)} to {said(judged.high)}"
     words = f"{said(judged.difference)} points, {interval}"
     return words if judged.margin is None else f"{words}, margin {points(-float(f'{judged.margin:.2g}'))}"
+
+
+def _lift_words(judged: Judged) -> str:
+    lift = judged.lift
+    if lift is None or lift.value is None:
+        return ""
+    interval = ""
+    if lift.low is not None and lift.high is not None:
+        interval = f", interval {lift.low:+.1%} to {lift.high:+.1%}"
+    return f"; lift {lift.value:+.1%}{interval}".replace("-", "−").replace("%", " %")
 
 
 # ---- one drill ---------------------------------------------------------------------------------------

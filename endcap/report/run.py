@@ -42,7 +42,9 @@ __all__ = [
 
 _NO_END = 1000
 """An end of a group of history lengths that no history reaches."""
-Verdict = Literal["promoted", "rolled_back", "refused", "held"]
+_MOST_LOOKS = 4000
+"""Kept of each rollout's looks that changed nothing; of more, an even part."""
+Verdict = Literal["promoted", "rolled_back", "refused", "held", "aborted"]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Texts = NDArray[np.object_]
@@ -175,6 +177,14 @@ class Tally(_Part):
     total: int
 
 
+class Lift(_Part):
+    """Of an A/B rollout's primary objective: canary's share less control's, as a part of control's."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
 class Judged(_Part):
     """One objective at one look: canary minus control, with an interval that may be looked at any time."""
 
@@ -185,6 +195,23 @@ class Judged(_Part):
     high: float | None = None
     margin: float | None = None
     verdict: str | None = None
+    lift: Lift | None = None
+
+
+class Received(_Part):
+    """Requests since the rollout began, as the engine counted them."""
+
+    canary_requests: int
+    requests: int
+
+
+class RolloutEvent(_Part):
+    """What a decision was about: a look, an act that was done or not, checks, or what a person asked for."""
+
+    kind: str
+    command: str | None = None
+    by: str | None = None
+    received: Received | None = None
 
 
 class Decision(_Part):
@@ -193,10 +220,13 @@ class Decision(_Part):
     to: str
     step: int | None = None
     share: float | None = None
+    phase: str = ""
     action: str = ""
     verdict: str | None = None
     outcome: Verdict | None = None
     reason: str = ""
+    waiting: str | None = None
+    event: RolloutEvent | None = None
     evidence: dict[str, Judged] = Field(default_factory=dict)
 
 
@@ -389,10 +419,7 @@ def _folders(home: Path) -> list[Path]:
 
 def _rollout(home: Path) -> Rollout | None:
     """None where the run was stopped between making the folder and the first decision."""
-    path = home / "decisions.jsonl"
-    decisions = tuple(
-        _parse(Decision, record, f"{path}, line {number}") for number, record in enumerate(read_json_lines(path), 1)
-    )
+    decisions = _decisions(home / "decisions.jsonl")
     file = home / "state.json"
     if file.exists():
         state = _parse(RolloutState, read_json(file), file)
@@ -402,6 +429,29 @@ def _rollout(home: Path) -> Rollout | None:
         return None
     first = decisions[0]
     return Rollout(home.name, first.from_, first.to, first.at_s, None, None, decisions[-1].reason, decisions)
+
+
+def _decisions(path: Path) -> tuple[Decision, ...]:
+    """All that changed something, and the last look; of the other looks as many as a plot can show."""
+    kept: list[tuple[int, Decision]] = []
+    looks, every = 0, 1
+    left_out: tuple[int, dict[str, Any]] | None = None
+    for number, record in enumerate(read_json_lines(path), 1):
+        is_look = record.get("action") == "look"
+        looks += is_look
+        if is_look and looks % every:
+            left_out = (number, record)
+            continue
+        left_out = None
+        kept.append((looks if is_look else 0, _parse(Decision, record, f"{path}, line {number}")))
+        if len(kept) > 2 * _MOST_LOOKS and is_look:
+            every *= 2
+            kept = [(look, decision) for look, decision in kept if look % every == 0]
+    decisions = tuple(decision for _, decision in kept)
+    if left_out is None:
+        return decisions
+    number, record = left_out
+    return (*decisions, _parse(Decision, record, f"{path}, line {number}"))
 
 
 def _drills(home: Path) -> tuple[Drill, ...]:

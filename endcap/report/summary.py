@@ -201,7 +201,10 @@ def _load(requests: Requests | None) -> LoadSummary | None:
     return LoadSummary(len(requests), failed, offered, achieved, percentile(50), percentile(95), percentile(99))
 
 
-_SAID = {"promoted": "promoted", "rolled_back": "rolled back", "refused": "refused", "held": "held", None: "unfinished"}
+_SAID = {
+    "promoted": "promoted", "rolled_back": "rolled back", "refused": "refused", "held": "held", "aborted": "aborted",
+    None: "unfinished",
+}  # fmt: skip
 
 
 def _reasons(run: Run, rollouts: tuple[RolloutSummary, ...], drills: tuple[DrillSummary, ...]) -> list[str]:

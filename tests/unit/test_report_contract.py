@@ -15,8 +15,9 @@ from endcap.files import write_json
 from endcap.objectives import load_objectives
 from endcap.report import build
 from endcap.report.run import read_run
+from serving.rollout.audit import Decision, decision_record
 from serving.rollout.decide import begin
-from serving.rollout.engine import decision_record
+from serving.rollout.events import Command, Commanded, Looked, Received
 from serving.rollout.spec import RolloutSpec, Step
 from serving.rollout.state import Outcome, Phase
 from tests.run_folder import OBJECTIVES
@@ -37,18 +38,22 @@ def test_a_rollout_as_the_engine_records_it(tmp_path: Path) -> None:
     )
     home = tmp_path / "rollouts" / "01-2"
     home.mkdir(parents=True)
-    lines = [decision_record(SPEC, growing, evidence, "start", 100.0)]
+    lines = [decision_record(SPEC, Decision(None, None, growing, 100.0, evidence))]
     for second in range(1, 4):
         bad = Stratum(Counts(10, 40), Counts(399, 400))
         evidence = evidence.update({"availability": bad})
-        lines.append(decision_record(SPEC, observing, evidence, "look", 100.0 + second))
-    lines.append(decision_record(SPEC, done, evidence, "end", 104.5))
+        looked = Looked(evidence.verdict, "", Received(40 * second, 40 * second, 440 * second))
+        lines.append(decision_record(SPEC, Decision(observing, looked, observing, 100.0 + second, evidence)))
+    paused = observing.with_(paused_at_s=103.5, waiting="paused by ann", seq=3)
+    asked = Commanded(Command.PAUSE, "ann", 1)
+    lines.append(decision_record(SPEC, Decision(observing, asked, paused, 103.5, evidence)))
+    lines.append(decision_record(SPEC, Decision(observing, looked, done, 104.5, evidence)))
     (home / "decisions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(home / "state.json", done.to_json())
 
     (rollout,) = read_run(tmp_path).rollouts
     assert (rollout.stable, rollout.canary, rollout.verdict) == ("1", "2", "rolled_back")
-    assert [decision.share for decision in rollout.decisions] == [0.05, 0.05, 0.05, 0.05, 0.0]
+    assert [decision.share for decision in rollout.decisions] == [None, 0.05, 0.05, 0.05, 0.05, 0.0]
     last = rollout.decisions[-1].evidence["availability"]
     assert (last.canary.good, last.canary.total, last.verdict) == (30, 120, "fail")
     (summary,) = build(tmp_path).rollouts

@@ -60,6 +60,8 @@ class Placement:
         self._placing = asyncio.Lock()
         self._clustered: list[str] = []
         self._shadow_clustered: str | None = None
+        self._shadow_waits = False
+        """A shadow that was kept has no healthy replica yet; copies that cannot go would look like its failures."""
         self._unpublished: set[str] = set()
 
     # The beginning
@@ -94,8 +96,24 @@ class Placement:
                 if not any(slot.ready for slot in slots):
                     raise
                 log.warning("version %s resumes with fewer replicas: %s", label, error)
+        self._shadow_waits = shadow is not None
         if shares:
-            await self._envoy.set_routes(_routing(self.kept))
+            await self._envoy.set_routes(self._routing(self.kept))
+
+    async def resume_shadow(self) -> None:
+        """Let copies go on as they were kept, once the shadow has a healthy replica or another is asked for."""
+        while self._shadow_waits and (shadow := self.kept.shadow) is not None:
+            try:
+                if any(slot.ready for slot in self.fleet.of(shadow.label)) and await self._copies_can_go(shadow.label):
+                    async with self._writing:
+                        if self._shadow_waits and self.kept.shadow == shadow:
+                            self._shadow_waits = False
+                            await self._envoy.set_routes(self._routing(self.kept))
+                    return
+            except EndcapError as error:
+                self._shadow_waits = True
+                log.error("copies do not go on: %s", error)
+            await asyncio.sleep(self._config.health_poll_s)
 
     def save(self, **changes: object) -> None:
         kept = self.kept.model_copy(update=changes)
@@ -232,14 +250,16 @@ class Placement:
 
     async def _route(self, **changes: object) -> None:
         """Keep ``changes`` and put the routes they make in force: both, or neither. The caller holds ``_writing``."""
-        before = self.kept
+        before, waited = self.kept, self._shadow_waits
         self.save(**changes)
+        self._shadow_waits = waited and "shadow" not in changes
         try:
-            await self._envoy.set_routes(_routing(self.kept))
+            await self._envoy.set_routes(self._routing(self.kept))
         except EndcapError:
             # Neither a gateway nor a supervisor that starts again must find routes that nobody was told are in force.
+            self._shadow_waits = waited
             with contextlib.suppress(StorageError):
-                await self._envoy.write_routes(_routing(before))
+                await self._envoy.write_routes(self._routing(before))
             self.save(**{name: getattr(before, name) for name in changes})
             raise
 
@@ -254,7 +274,8 @@ class Placement:
             if request.share <= 0:
                 raise InputError("a shadow needs a share", next_step="give it one, or end the shadow")
             now = self.kept.shadow
-            if now is not None and (now.label, now.share) == (request.label, request.share):
+            same = now is not None and (now.label, now.share) == (request.label, request.share)
+            if same and not self._shadow_waits:
                 return
             await self._until_one_is_healthy(request.label, request.token)
             if now is not None and now.label == request.label:
@@ -281,14 +302,19 @@ class Placement:
                 raise
         self._emit(TargetEvent("shadow_set", shadow.label, detail=f"{shadow.share * 100:g}% of the requests"))
 
+    async def _copies_can_go(self, label: str) -> bool:
+        with contextlib.suppress(TargetError):  # a gateway that is being started again
+            hosts = await self._envoy.admin.hosts()
+            return any(host.cluster == shadow_name(label) and host.healthy for host in hosts)
+        return False
+
     async def _until_copies_can_go(self, label: str, token: int) -> None:
         """The gateway has the shadow's cluster with a healthy replica: a copy dropped now would look like a failure."""
         ends_at = time.monotonic() + _HEALTHY_WAIT_S
         while True:
             self._fence(token)
-            with contextlib.suppress(TargetError):  # a gateway that is being started again
-                if any(host.cluster == shadow_name(label) and host.healthy for host in await self._envoy.admin.hosts()):
-                    return
+            if await self._copies_can_go(label):
+                return
             if time.monotonic() > ends_at:
                 raise CapacityError(f"no replica of version {label} is healthy for copies",
                                     where=self._config.folder / "logs")  # fmt: skip
@@ -342,13 +368,12 @@ class Placement:
             quiet = quiet + 1 if active == 0 else 0
             await asyncio.sleep(0.05)
 
-
-def _routing(kept: Kept) -> Routing:
-    """The gateway's routes for what is kept."""
-    shares, sticky, shadow = dict(kept.shares), kept.sticky, kept.shadow
-    return Routing(
-        weights(shares) if shares else {},
-        sticky_header=None if sticky is None else sticky.header,
-        sticky_cookie=None if sticky is None else sticky.cookie,
-        copies=None if shadow is None else Copies(shadow.label, shadow.share),
-    )
+    def _routing(self, kept: Kept) -> Routing:
+        """The gateway's routes for what is kept."""
+        shares, sticky, shadow = dict(kept.shares), kept.sticky, None if self._shadow_waits else kept.shadow
+        return Routing(
+            weights(shares) if shares else {},
+            sticky_header=None if sticky is None else sticky.header,
+            sticky_cookie=None if sticky is None else sticky.cookie,
+            copies=None if shadow is None else Copies(shadow.label, shadow.share),
+        )

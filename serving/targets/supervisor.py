@@ -131,6 +131,7 @@ class Supervisor:
         stable = self.config.stable
         await self.placement.begin(None if stable is None else ModelVersion(stable.label, stable.package))
         self.placement.save(gateway_port=self.envoy.settings.port)
+        self._keep(self.placement.resume_shadow(), "shadow")
 
     async def _close(self) -> None:
         for task in self._tasks:

@@ -234,6 +234,9 @@ def test_a_supervisor_that_starts_again_goes_on_copying_and_counting(tmp_path: P
         target.wait()
     with start_local_target(wanted) as again:
         assert again.observe().versions["1"].attempts == attempts
+        eventually(
+            lambda: "shadow-2" in (again.folder / "xds" / "rds" / "routes.json").read_text(), what="copies go on"
+        )
         post(again, 10)
         eventually(lambda: again.observe().versions["1"].requests.total == 50)
         assert again.observe().outcomes.total == 50

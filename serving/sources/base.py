@@ -25,9 +25,13 @@ _PROCESS_LABELS = ("job", "instance", "namespace", "pod", "cluster")
 class Source(Protocol):
     """Counts events of some objectives. One that has nothing new to say of a version leaves it out: no data."""
 
-    name: str
-    notes: Mapping[str, str]
-    """By objective, why the last read gave nothing, or less than it could."""
+    @property
+    def name(self) -> str:
+        """What it reads, in words."""
+
+    @property
+    def notes(self) -> Mapping[str, str]:
+        """By objective, why the last read gave nothing, or less than it could."""
 
     def read(self, now_s: float) -> Measured:
         """What was counted up to about now.

@@ -36,7 +36,7 @@ class PrometheusAccess:
 
     ``lag_s``: samples are asked for up to this long ago, so that scrapes under way are whole.
     ``stale_after_s``: without a scrape for so long a version has no data; at least twice the scrape interval.
-    ``every_s``: it is asked no more often; looks in between get the last answer.
+    ``every_s``: it is asked no more often (:class:`~serving.sources.composed.Paced`).
     """
 
     url: str
@@ -44,7 +44,7 @@ class PrometheusAccess:
     token_file: Path | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     """More headers, as ``X-Scope-OrgID``; no secrets."""
-    timeout_s: float = 5.0
+    timeout_s: float = 2.0
     lag_s: float = 2.0
     stale_after_s: float = 120.0
     every_s: float = 2.0
@@ -105,21 +105,11 @@ class PrometheusSource:
             state=state,
         )  # fmt: skip
         self._client = httpx.Client(trust_env=False, follow_redirects=False)
-        self._asked_at_s: float | None = None
-        self._failure: SourceError | None = None
         access.asked_with()
 
     def read(self, now_s: float) -> Measured:
         """See :class:`~serving.sources.base.Source`. An objective of its own trouble is left out, with a note."""
-        if self._asked_at_s is None or not 0 <= now_s - self._asked_at_s < self._access.every_s:
-            self._asked_at_s = now_s
-            self._failure = None
-            try:
-                self._ask(now_s)
-            except SourceError as error:
-                self._failure = error
-        if self._failure is not None:
-            raise self._failure
+        self._ask(now_s)
         return self._fresh(now_s)
 
     def _ask(self, now_s: float) -> None:

@@ -143,7 +143,7 @@ def source_of(server: Prometheus, path: str, *, good: str | None = None, total: 
         "version", "", ("prometheus_replica",),
     )  # fmt: skip
     declared = Objectives("o", "s", (Objective("errors", 0.99, Good.COUNTED, None, None, 0.01, None, counters),))
-    access = PrometheusAccess(server.url, every_s=0.0, lag_s=0.0, stale_after_s=stale_after_s)
+    access = PrometheusAccess(server.url, lag_s=0.0, stale_after_s=stale_after_s)
     return PrometheusSource(access, declared, state=state)
 
 

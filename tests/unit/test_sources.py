@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endcap.errors import InputError, SourceError
+from endcap.errors import InputError, SourceError, StateError
 from endcap.evidence import Counts
 from endcap.objectives import CountedBy, EnvoyCounters, Good, Objective, Objectives, SeriesCounters
 from endcap.selectors import parse_selector
@@ -31,10 +31,13 @@ from serving.sources import (
     MetricsSource,
     PrometheusAccess,
     PrometheusSource,
+    Sources,
+    counts_of,
     envoy_attempts,
     measured,
     read_all,
 )
+from serving.sources.composed import Paced
 from serving.sources.exposition import parse_exposition
 from serving.sources.prometheus import parse_answer
 from serving.targets.base import Observation, VersionObservation
@@ -126,7 +129,7 @@ def rq(code: str, *values: tuple[float, str], **labels: str) -> tuple[dict[str, 
 
 
 def prometheus(url: str, *, declared: Objectives | None = None, **options: Any) -> PrometheusSource:
-    access = PrometheusAccess(url, **{"every_s": 0.0, "timeout_s": 5.0, **options})
+    access = PrometheusAccess(url, **{"timeout_s": 5.0, **options})
     return PrometheusSource(access, declared or objectives(errors=counters()))
 
 
@@ -194,16 +197,17 @@ def test_what_is_old_is_no_data_and_says_so() -> None:
 
 
 def test_looks_in_between_get_the_last_answer_and_the_last_error() -> None:
+    clock = iter([0.0, 0.0, 4.9, 5.0, 8.0, 19.9, 20.0, 20.0, 24.9])
     with fake(lambda _: (500, b"no")) as served:
-        source = prometheus(served.url, every_s=5.0)
-        for now_s in (100.0, 101.0, 104.0):
+        source = Paced(prometheus(served.url), every_s=5.0, clock=lambda: next(clock))
+        for _ in range(2):
             with pytest.raises(SourceError, match="answers 500"):
-                source.read(now_s)
+                source.read(100.0)
         assert len(served.asked) == 1
         served.answer = lambda _: (200, matrix(rq("200", (103, "1"))))
-        for now_s in (105.0, 106.0):
-            assert source.read(now_s) == {"errors": {"7": Counts(0, 0)}}
-        assert len(served.asked) == 2
+        for asked in (2, 2, 3, 3):  # the second took 3 s, so that it rests for 12
+            assert source.read(105.0) == {"errors": {"7": Counts(0, 0)}}
+            assert len(served.asked) == asked
         source.close()
 
 
@@ -484,3 +488,40 @@ def test_what_is_measured_joins_the_versions_that_the_target_knows() -> None:
     assert joined.versions["7"].attempts == Counts(1, 1)
     assert joined.versions["8"].measured == {}
     assert set(joined.versions) == {"7", "8"}
+
+
+def test_all_sources_together_go_on_from_their_state_and_fail_apart() -> None:
+    declared = objectives(errors=counters(), servers=counters(by=CountedBy.METRICS), attempts=EnvoyCounters("version-"))
+    with fake(lambda _: (200, matrix(rq("200", (99, "10"))))) as one, fake(lambda _: (200, exposed(5, 1))) as two:
+        options: dict[str, Any] = {
+            "prometheus": PrometheusAccess(one.url), "endpoints": lambda: [MetricsEndpoint(two.url)],
+            "envoy_url": two.url + "/nothing",
+        }  # fmt: skip
+        first = Sources(declared, **options)
+        assert set(first.read(100.0).measured) == {"errors", "servers"}
+        state = json.loads(json.dumps(first.to_json()))
+        first.close()
+        one.answer = lambda _: (200, matrix(rq("200", (99, "10"), (101, "12"))))
+        two.answer = lambda _: (500, b"")
+        second = Sources(declared, **options, state=state)
+        reading = second.read(102.0)
+        assert reading.measured == {"errors": {"7": Counts(2, 2)}}
+        assert {"metrics", f"envoy {two.url}/nothing"} <= set(reading.notes)
+        second.close()
+        for missing, says in (("prometheus", "--prometheus"), ("endpoints", "servers show"), ("envoy_url", "an Envoy")):
+            with pytest.raises(InputError, match=says):
+                Sources(declared, **{**options, missing: None})
+        with pytest.raises(StateError, match="damaged"):
+            Sources(declared, **options, state=[])
+
+
+def test_objectives_that_the_target_counts_need_no_source() -> None:
+    answered = Objective("availability", 0.99, Good.ANSWERED, None, None, 0.01, None)
+    sources = Sources(Objectives("o", "s", (answered,)))
+    assert sources.read(1.0).measured == {}
+    assert sources.to_json() == {}
+
+
+def test_what_the_last_look_recorded_is_found_again() -> None:
+    seen = Observation(1.0, {}, {"7": VersionObservation(measured={"a": Counts(1, 2)}), "8": VersionObservation()})
+    assert counts_of(seen) == {"a": {"7": Counts(1, 2)}}

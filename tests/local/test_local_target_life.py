@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 
 from endcap.errors import BusyError, FencedError, InputError, StateError, TargetError, VerificationError
 from endcap.files import write_json
-from serving.gateway import Envoy, GatewaySettings
+from serving.gateway import Envoy, GatewaySettings, Tail, Tally
 from serving.targets import LocalTarget, ModelVersion, open_target, start_local_target
 from tests.local.load import Load, eventually
 from tests.local.test_local_target import config, package, stable_of
@@ -67,6 +68,36 @@ def test_a_supervisor_that_starts_again_resumes_with_versions_shares_and_token(
         with pytest.raises(FencedError):
             again.retire("2", token=token)
     assert not (again.folder / "target.json").exists()
+
+
+def test_a_supervisor_killed_under_load_counts_every_line_once(tmp_path: Path, started: LocalTarget) -> None:
+    with Load(started.url, rate=100) as load:
+        load.more(60)
+        eventually((started.folder / "tally.json").exists, what="counts were kept once")
+        load.more(60)
+        os.kill(started.found.pid, signal.SIGKILL)
+        started.wait()
+    kept = json.loads((started.folder / "tally.json").read_text())["counts"]["outcomes_total"]
+    with start_local_target(config(tmp_path, replicas_full=1)) as again:
+        with Load(again.url, rate=100) as load:
+            load.more(40)
+        settings = GatewaySettings(tmp_path / "xds", tmp_path / "records")
+
+        def recounted() -> bool:
+            tally = Tally((100, 400))
+            tally.add_attempts(Tail(settings.attempts_log).lines())
+            tally.add_outcomes(Tail(settings.access_log).lines())
+            seen, counts = again.observe(), tally.versions()["1"]
+            requests, attempts = seen.versions["1"].requests, seen.versions["1"].attempts
+            return (
+                (attempts.good, attempts.total) == (counts.good, counts.total)
+                and (requests.good, requests.total) == (counts.requests_good, counts.requests_total)
+                and {ms: found.good for ms, found in seen.versions["1"].within_ms.items()} == counts.within_ms
+                and seen.outcomes.total == tally.outcomes_total >= kept + 40
+            )
+
+        eventually(recounted, what="what is counted is what the records say")
+    assert kept > 0
 
 
 def test_everything_ends_with_the_supervisor_in_order(started: LocalTarget) -> None:

@@ -71,8 +71,13 @@ _GREATEST_LOG = 300.0
 _RECENT_LOOKS, _LONG_LOOKS = 10.0, 600.0
 """Looks over which control's trouble, and its usual share, are taken (exponentially weighted)."""
 _RECENT_KEEP, _LONG_IN_RECENT = 1 - 1 / _RECENT_LOOKS, _LONG_LOOKS / _RECENT_LOOKS
-_TROUBLE_DEVIATIONS, _TROUBLE_EVENTS = 3.0, 1.0
-"""Control is in trouble when its recent bad events exceed their mean by so many standard deviations and events."""
+_TROUBLE_DEVIATIONS = 3.0
+"""Control is in trouble when its recent bad events exceed their mean by so many times the mean's root: four standard
+deviations of an exponentially weighted count, and where next to none is due a second bad event. Trouble that is none
+costs canary's goal a few looks; an outage that is not noticed fails it."""
+
+_LEAST_CONTROL = 0.5
+"""Control with fewer events than this for one of canary's (and any at all) is too thin to notice an outage in time."""
 
 _CONTROL_STEPS = ((0.22, 1.0), (0.45, 1.0), (0.9, 1.0), (1.6, 0.7), (3.0, 0.3))
 _GOAL_STEPS = ((0.5, 0.5), (1.3, 0.8), (2.3, 1.0), (3.4, 1.0))
@@ -258,11 +263,14 @@ class Kernel:
     "no better than control" (0 unless an objective is ``primary``).
 
     **Shared outages.** Control in trouble out of the ordinary vetoes the goal's bets of a look: when its bad events of
-    about ten looks, this one's among them, exceed by three standard deviations and one event what the greater of
+    about ten looks, this one's among them, exceed by far what the greater of
     the goal's bad share and control's own over about ten minutes explains. Control's events of the look may
-    decide this, since given both versions' shares of the look canary's are independent of them. So both versions
-    at 20 % errors for two minutes cost canary nothing, and what lasts ten minutes or more is no outage but a broken
-    objective. What this cannot see: an outage while control has next to no traffic, and one that spares control.
+    decide this, since given both versions' shares of the look canary's are independent of them, and
+    the goal's bets depend on nothing else. So both versions at 20 % errors for two minutes cost canary nothing, and
+    what lasts a quarter of an hour is no outage but a broken objective. The goal's bets also rest while control has
+    some events but fewer than half of canary's: canary's first bad look would weigh more than control's could warn.
+    Worse than control by more than the margin still fails then. What this cannot see: an outage that spares control,
+    one at a time without any control, and, with a few events a look, one's first look.
     """
 
     def __init__(self, objectives: Sequence[Objective], *, primary: str | None = None) -> None:
@@ -279,6 +287,15 @@ class Kernel:
         self.primary = None if primary is None else self.names.index(primary)
         self.bad_goals: Floats = np.array([1 - objective.goal for objective in objectives])
         self._prior_bad = _PRIOR_EVENTS * self.bad_goals
+
+        def each(value: float) -> Floats:
+            return np.full(len(objectives), value)
+
+        self._prior_events, self._greatest_look, self._none = each(_PRIOR_EVENTS), each(_GREATEST_LOOK), each(_NONE)
+        self._recent_keep, self._long_in_recent = each(_RECENT_KEEP), each(_LONG_IN_RECENT)
+        self._trouble_deviations = each(_TROUBLE_DEVIATIONS)
+        self._least_control = each(_LEAST_CONTROL)
+        self._greatest_log = np.full((len(objectives), len(columns[0])), _GREATEST_LOG)
         ordered = columns[0]
         steps = sum(bet.test is not PASS for bet in ordered)
         self._bets = Bets(
@@ -314,44 +331,47 @@ class Kernel:
         self, state: State, canary_bad: Floats, canary_total: Floats, control_bad: Floats, control_total: Floats
     ) -> None:
         """One more look: counts of events since the last one, floats of shape [..., objectives]."""
-        calm = self._follow_control(state, control_bad, control_total)
-        state.recent_canary *= _RECENT_KEEP
+        state.recent_canary *= self._recent_keep
         state.recent_canary += canary_total
+        calm = self._follow_control(state, control_bad, control_total)
         wanted = state.control_bad + self._prior_bad
-        wanted /= state.control_total + _PRIOR_EVENTS
+        trusted = state.control_total + self._prior_events
+        wanted /= trusted
         gain = self._bets.update(
-            state.bets, wanted, wanted, state.recent_canary / (state.recent_total + _NONE),
-            canary_total / (control_total + _NONE), (canary_bad, canary_total - canary_bad),
+            state.bets, wanted, wanted, state.recent_canary / (state.recent_total + self._none),
+            canary_total / (control_total + self._none), (canary_bad, canary_total - canary_bad),
             (control_bad, control_total - control_bad),
         )  # fmt: skip
-        if not calm.all():
+        if _any_false(calm):
             gain[..., self._goal_bets] *= calm[..., None]
-        known = control_total <= _GREATEST_LOOK * (state.control_total + _PRIOR_EVENTS)
-        if not known.all():
+        trusted *= self._greatest_look
+        known = control_total <= trusted
+        if _any_false(known):
             gain *= known[..., None] | self._is_goal
         state.control_bad += control_bad
         state.control_total += control_total
         log_e = state.bets.log_e
         log_e += gain
-        np.minimum(log_e, _GREATEST_LOG, out=log_e)
+        np.minimum(log_e, self._greatest_log, out=log_e)
         np.maximum(state.peak, np.exp(log_e, out=gain) @ self._weights, out=state.peak)
 
     def _follow_control(self, state: State, bad: Floats, total: Floats) -> Bools:
-        """Where control's recent bad events, this look's included, are no more than its usual share explains."""
-        state.recent_bad *= _RECENT_KEEP
+        """Where control vouches for the moment: its recent bad events are no more than its usual share explains."""
+        state.recent_bad *= self._recent_keep
         state.recent_bad += bad
-        state.recent_total *= _RECENT_KEEP
+        state.recent_total *= self._recent_keep
         state.recent_total += total
         explained = np.maximum(state.usual_share, self.bad_goals)
         explained *= state.recent_total
         spread = np.sqrt(explained)
-        spread *= _TROUBLE_DEVIATIONS
+        spread *= self._trouble_deviations
         explained += spread
-        explained += _TROUBLE_EVENTS
         change = bad - total * state.usual_share
-        change /= _LONG_IN_RECENT * state.recent_total + _NONE
+        change /= self._long_in_recent * state.recent_total + self._none
         state.usual_share += change
-        return np.asarray(state.recent_bad <= explained)
+        lacking = state.recent_canary * self._least_control
+        vouched = (state.recent_total >= lacking) | (state.recent_total == 0)
+        return np.asarray((state.recent_bad <= explained) & vouched)
 
     def failed(self, state: State, alpha: float) -> Bools:
         """[..., objectives]: which are shown to be bad, at ``alpha`` shared over all of them."""
@@ -363,6 +383,11 @@ class Kernel:
         if self.primary is not None:
             shown[..., self.primary] = state.peak[..., self.primary, BETTER] >= 1 / beta
         return np.asarray(shown)
+
+
+def _any_false(flags: Bools) -> bool:
+    """``not flags.all()`` at a tenth of the price for a few flags."""
+    return b"\0" in flags.tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,4 +54,4 @@ def counts_of(names: Sequence[str], look: Mapping[str, Stratum]) -> NDArray[np.f
         else:
             canary, control = stratum.canary, stratum.control
             rows.append((canary.total - canary.good, canary.total, control.total - control.good, control.total))
-    return np.ascontiguousarray(np.array(rows, dtype=np.float64).T)
+    return np.array(rows, dtype=np.float64).T

@@ -118,8 +118,8 @@ def simulate(
     shape = (runs, len(objectives.objectives))
     for _ in range(looks):
         kernel.update(
-            state, rng.binomial(20, canary, shape).astype(np.float64), np.full(shape, 20.0),
-            rng.binomial(60, control, shape).astype(np.float64), np.full(shape, 60.0),
+            state, rng.binomial(20, canary, shape).astype(np.float64), np.full(shape, 20.0, dtype=np.float64),
+            rng.binomial(60, control, shape).astype(np.float64), np.full(shape, 60.0, dtype=np.float64),
         )  # fmt: skip
     return kernel, state
 
@@ -171,14 +171,16 @@ def test_four_errors_in_ten_seconds_of_a_tenth_of_the_traffic_break_a_goal_of_th
     assert evidence.verdict is Verdict.FAIL
 
 
-def test_an_outage_that_both_versions_share_fails_nobody() -> None:
+@pytest.mark.parametrize("canary_events", [20, 100, 180])
+def test_an_outage_that_both_versions_share_fails_nobody(canary_events: int) -> None:
+    total, control_events = np.full((200, 1), float(canary_events)), 200 - canary_events
     rng = np.random.default_rng(7)
     kernel = Kernel([AVAILABILITY])
     state = kernel.start((200,))
     for look in range(400):
         share = 0.2 if 30 <= look < 150 else 0.001
-        canary, control = rng.binomial(20, share, (200, 1)), rng.binomial(180, share, (200, 1))
-        kernel.update(state, canary * 1.0, np.full((200, 1), 20.0), control * 1.0, np.full((200, 1), 180.0))
+        canary, control = rng.binomial(canary_events, share, (200, 1)), rng.binomial(control_events, share, (200, 1))
+        kernel.update(state, canary.astype(np.float64), total, control.astype(np.float64), 200 - total)
     assert not kernel.failed(state, 0.01).any()
 
 

@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training clean
+.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training bench-rollout clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ format: setup ## let ruff mend what it can
 
 bench-training: setup ## train to convergence on Beauty beside RecBole's SASRec (about an hour)
 	@$(BIN)/python -m benchmarks.training
+
+bench-rollout: setup ## false rollbacks, detection and cost of rollouts by evidence, 10,000 simulated runs each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rollout
 
 clean: ## remove what the runs left (keeps the environment)
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

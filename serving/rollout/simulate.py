@@ -8,6 +8,7 @@ the one that was set does not occur.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +25,7 @@ from serving.rollout.traffic import Clicks, Drift, Outage, Population, Seen, Str
 
 __all__ = [
     "UNDECIDED", "Clicks", "Drift", "Outage", "Population", "RecordedRun", "SimulatedRuns", "Traffic", "Watcher",
-    "simulate", "watch",
+    "simulate", "upper_limit", "watch",
 ]  # fmt: skip
 
 UNDECIDED = "undecided"
@@ -140,6 +141,23 @@ def watch(
         step, rows = np.zeros(size, dtype=np.int64), np.arange(start, start + size)
         for look in range(1, looks + 1):
             watcher.look(rows, look * look_s, stream.look(step))
+
+
+def upper_limit(events: int, runs: int, *, level: float = 0.95) -> float:
+    """The chance that ``events`` in ``runs`` leave possible at most: Clopper and Pearson's one-sided limit.
+
+    Biometrika 26 (1934).
+    """
+    if events >= runs:
+        return 1.0
+    count = np.arange(events + 1)
+    chosen = math.lgamma(runs + 1) - np.array([math.lgamma(k + 1) + math.lgamma(runs - k + 1) for k in count])
+    low, high = events / runs, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        no_more = float(np.exp(chosen + count * math.log(p) + (runs - count) * math.log1p(-p)).sum())
+        low, high = (p, high) if no_more > 1 - level else (low, p)
+    return (low + high) / 2
 
 
 def _chunks(runs: int, seed: int) -> list[tuple[int, np.random.SeedSequence]]:

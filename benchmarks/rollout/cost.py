@@ -1,0 +1,96 @@
+"""What a look costs a rollout: processor time, and the size of what it has to remember."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import types
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.rollout.scenarios import OBJECTIVES, PLAIN, SPEC
+from endcap.evidence import Counts, Evidence, Stratum
+from serving.rollout.decide import begin, decide
+from serving.rollout.events import Acted, Gated, Looked, Received
+
+__all__ = ["Cost", "measure"]
+
+_DIFFERENT_LOOKS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Microseconds of processor time a look of three objectives (evidence brought up to date, then decided).
+
+    ``decide_us_p99``: the tests and ``decide``. ``with_intervals_us_p99``: the confidence sequences for people too.
+    ``bytes_early``, ``bytes_late``: all that evidence and state hold after ``looks_early`` and ``looks_late`` looks.
+    """
+
+    looks: int
+    decide_us_median: float
+    decide_us_p99: float
+    with_intervals_us_median: float
+    with_intervals_us_p99: float
+    looks_early: int
+    bytes_early: int
+    looks_late: int
+    bytes_late: int
+
+
+def measure(*, looks: int, late: int, seed: int) -> Cost:
+    timed, early_bytes, late_bytes = _fold(looks, late, seed, intervals=False)
+    with_intervals, _, _ = _fold(looks, looks, seed, intervals=True)
+    return Cost(
+        looks, float(np.median(timed)), float(np.quantile(timed, 0.99)),
+        float(np.median(with_intervals)), float(np.quantile(with_intervals, 0.99)),
+        100, early_bytes, late, late_bytes,
+    )  # fmt: skip
+
+
+def _fold(looks: int, late: int, seed: int, *, intervals: bool) -> tuple[list[float], int, int]:
+    """Times of the first ``looks`` looks, and the sizes after 100 looks and after ``late``."""
+    rng, per_look = np.random.default_rng(seed), PLAIN.requests_per_s * SPEC.look_s
+    strata = [
+        {
+            name: Stratum(_counts(rng, 0.5 * per_look, good), _counts(rng, 0.5 * per_look, good))
+            for name, good in PLAIN.good.items()
+        }
+        for _ in range(_DIFFERENT_LOOKS)
+    ]
+    evidence = Evidence.start(OBJECTIVES, alpha=SPEC.alpha, beta=SPEC.beta, intervals=intervals)
+    state = begin(SPEC, stable="1", canary="2", now_s=0.0)
+    state = decide(SPEC, decide(SPEC, state, Gated(True, ""), 0.0), Acted(), 0.0)
+    times, early_bytes, attempts = [], 0, 0
+    for look in range(1, late + 1):
+        seen = strata[look % _DIFFERENT_LOOKS]
+        attempts += seen["availability"].canary.total
+        received = Received(attempts, attempts, 2 * attempts)
+        started = time.process_time_ns()
+        evidence = evidence.update(seen)
+        decide(SPEC, state, Looked(evidence.verdict, "", received=received, canary_new=1, control_new=1), float(look))
+        if look <= looks:
+            times.append((time.process_time_ns() - started) / 1000)
+        if look == 100:
+            early_bytes = _size((evidence, state))
+    return times, early_bytes, _size((evidence, state))
+
+
+def _counts(rng: np.random.Generator, mean: float, good: float) -> Counts:
+    total = int(rng.poisson(mean))
+    return Counts(int(rng.binomial(total, good)), total)
+
+
+def _size(root: object) -> int:
+    """Bytes of an object and of all that it refers to, but for code."""
+    seen: set[int] = set()
+    waiting, size = [root], 0
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, type | types.ModuleType | types.FunctionType):
+            continue
+        seen.add(id(one))
+        size += one.nbytes if isinstance(one, np.ndarray) else sys.getsizeof(one)
+        waiting.extend(gc.get_referents(one))
+    return size

@@ -1,0 +1,175 @@
+"""What an engineer who chooses steps and margins relies on: simulated rollouts are rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.rollout.replay import judged_again
+from endcap.errors import InputError
+from endcap.objectives import Good, Objective, Objectives
+from serving.rollout.simulate import SimulatedRuns, simulate, upper_limit, watch
+from serving.rollout.spec import RolloutSpec, Step
+from serving.rollout.traffic import Clicks, Drift, Outage, Population, Seen, Stream, Traffic
+
+OBJECTIVES = Objectives(
+    "shop", "shop",
+    (
+        Objective("availability", 0.99, Good.ANSWERED, None, None, 0.01, None),
+        Objective("latency", 0.95, Good.ANSWERED, 100, None, 0.03, None),
+        Objective("click-through", 0.05, Good.CLICKED, None, 20.0, None, 0.3),
+    ),
+)  # fmt: skip
+SPEC = RolloutSpec(
+    "shop", "shop", "models:/shop/2", "shop",
+    (Step(0.1, 200, 10, 300), Step(0.5, 200, 10, 300), Step(1.0, 100, 5, 60)), 0.05, 0.05, 1.0, hold_s=30,
+)  # fmt: skip
+GOOD = {"availability": 0.999, "latency": 0.98, "click-through": 0.1}
+PLAIN = Traffic(GOOD, clicks=Clicks(window_s=20))
+KINDS = {
+    "plain": PLAIN,
+    "worse clicks": replace(PLAIN, canary={"click-through": 0.04}),
+    "errors": replace(PLAIN, canary={"availability": 0.9}),
+    "late answers": replace(PLAIN, canary={"latency": 0.9}),
+    "repeat shoppers": replace(PLAIN, population=Population(shoppers=5_000), canary={"click-through": 0.085}),
+    "drift": replace(PLAIN, drift=Drift(period_s=60)),
+    "outage": replace(PLAIN, outage=Outage(duration_s=20, latest_s=30)),
+    "late clicks": replace(PLAIN, clicks=Clicks(30, late_part=0.5, late_mean_s=20, closing_every_s=5)),
+}
+
+
+def run(traffic: Traffic, *, runs: int = 12, seed: int = 1, spec: RolloutSpec = SPEC, record: int = 0) -> SimulatedRuns:
+    return simulate(OBJECTIVES, spec, traffic, runs=runs, seed=seed, horizon_s=400, record=record)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evidence_and_decide_come_to_the_same_verdict_at_the_same_look(kind: str) -> None:
+    done = run(KINDS[kind], record=6)
+    assert len(done.recorded) == 6
+    for recorded in done.recorded:
+        assert judged_again(OBJECTIVES, SPEC, recorded) == (recorded.outcome, recorded.seconds)
+
+
+def test_inconclusive_rollouts_are_held_after_the_step_and_the_hold() -> None:
+    slow = replace(SPEC, steps=(Step(0.1, 10**9, 10, 40), Step(1.0, 100, 5, 60)))
+    done = run(PLAIN, spec=slow, record=3)
+    assert done.share("held") == 1
+    assert set(done.seconds) == {40.0 + 30.0}
+    assert [judged_again(OBJECTIVES, slow, one) for one in done.recorded] == [("held", 70.0)] * 3
+    assert set(run(PLAIN, spec=replace(slow, hold_s=0)).seconds) == {40.0}
+
+
+def test_a_good_candidate_is_promoted_and_each_kind_of_bad_one_is_rolled_back_for_what_is_bad() -> None:
+    assert run(PLAIN).share("promoted") == 1
+    for column, kind in enumerate(("errors", "late answers", "worse clicks")):
+        done = run(KINDS[kind])
+        assert done.share("rolled_back") == 1, kind
+        assert done.failing[:, column].all(), kind
+        assert (done.step < 2).all(), "never with all of the traffic"
+
+
+def test_the_same_seed_gives_the_same_runs_and_another_one_others() -> None:
+    one, same, other = run(PLAIN), run(PLAIN), run(PLAIN, seed=2)
+    assert (one.seconds == same.seconds).all()
+    assert (one.attempts == same.attempts).all()
+    assert (one.attempts != other.attempts).any()
+
+
+def test_who_is_hurt_is_counted_up_to_the_verdict() -> None:
+    done = run(KINDS["errors"], record=4)
+    for number, recorded in enumerate(done.recorded):
+        assert done.failed[number] == recorded.counts[:, 0, 0].sum()
+        assert done.attempts[number] == recorded.attempts[:, 0].sum()
+        assert done.events[number].tolist() == recorded.counts[:, 1].sum(axis=0).tolist()
+
+
+class Sums:
+    """Adds up what a watcher is shown."""
+
+    def __init__(self, runs: int) -> None:
+        self.looks = np.zeros(runs)
+        self.attempts, self.impressions, self.shoppers = np.zeros((runs, 2)), np.zeros((runs, 4)), np.zeros((runs, 4))
+
+    def look(self, runs: np.ndarray, at_s: float, seen: Seen) -> None:
+        self.looks[runs] += 1
+        self.attempts[runs] += np.stack([seen.canary_attempts, seen.control_attempts], axis=1)
+        assert seen.impressions is not None
+        self.impressions[runs] += seen.impressions
+        self.shoppers[runs] += np.stack(
+            [seen.canary_bad[:, 2], seen.canary_total[:, 2], seen.control_bad[:, 2], seen.control_total[:, 2]], axis=1
+        )
+
+
+@pytest.mark.parametrize("kind", ["plain", "repeat shoppers"])
+def test_requests_clicks_and_shares_are_what_was_asked_for(kind: str) -> None:
+    sums = Sums(20)
+    traffic = replace(KINDS[kind], canary={})
+    watch(OBJECTIVES, traffic, sums, share=0.25, seconds=200, runs=20, seed=3)
+    assert (sums.looks == 200).all()
+    attempts = sums.attempts.sum(axis=0)
+    # 20 * 200 s * 200/s = 800,000 requests; a heavy shopper's place on the hash moves a whole run's share.
+    assert attempts.sum() == pytest.approx(800_000, rel=0.05)
+    assert attempts[0] / attempts.sum() == pytest.approx(0.25, rel=0.02 if kind == "plain" else 0.2)
+    canary_bad, canary, control_bad, control = sums.shoppers.sum(axis=0)
+    assert canary / (canary + control) == pytest.approx(0.25, rel=0.05)
+    assert canary_bad / canary == pytest.approx(control_bad / control, rel=0.02)
+    expected = 20 * 180 * 60  # the last windows are still open
+    if kind == "plain":
+        assert canary + control == pytest.approx(expected, rel=0.02)
+        assert 1 - control_bad / control == pytest.approx(0.1, rel=0.05)
+    else:
+        assert canary + control <= 20 * 5_000, "a shopper counts once"
+        assert canary + control > 20 * 2_500
+    seen = sums.impressions[:, [1, 3]].sum()
+    assert seen == pytest.approx(attempts.sum() * 0.9, rel=0.05), "naive counts have every impression"
+
+
+def test_click_evidence_waits_for_its_window_and_late_clicks_are_lost() -> None:
+    clicks = Clicks(window_s=30, late_part=0.5, late_mean_s=30, closing_every_s=10)
+    traffic = replace(PLAIN, clicks=clicks)
+    stream = Stream(OBJECTIVES, traffic, shares=(0.5,), runs=50, looks=100, look_s=1.0, seed=np.random.SeedSequence(1))
+    steps = np.zeros(50, dtype=np.int64)
+    seen = [stream.look(steps) for _ in range(91)]
+    closed = np.array([look.control_total[:, 2].sum() for look in seen])
+    assert np.flatnonzero(closed).tolist() == [30, 40, 50, 60, 70, 80, 90]
+    bad = sum(look.control_bad[:, 2].sum() for look in seen)
+    assert 1 - bad / closed.sum() == pytest.approx(0.1 * clicks.in_time, rel=0.1)
+    assert clicks.in_time == pytest.approx(1 - 0.5 * np.exp(-1))
+
+
+def test_an_outage_hits_both_versions_alike() -> None:
+    traffic = replace(PLAIN, outage=Outage(failed=0.5, late=0.0, duration_s=10, latest_s=1e-9))
+    stream = Stream(OBJECTIVES, traffic, shares=(0.5,), runs=20, looks=20, look_s=1.0, seed=np.random.SeedSequence(1))
+    steps = np.zeros(20, dtype=np.int64)
+    shares = []
+    for _ in range(20):
+        look = stream.look(steps)
+        shares.append((look.canary_bad[:, 0].sum() / look.canary_total[:, 0].sum(),
+                       look.control_bad[:, 0].sum() / look.control_total[:, 0].sum()))  # fmt: skip
+    assert all(canary == pytest.approx(0.5, abs=0.1) == control for canary, control in shares[:10])
+    assert all(max(pair) < 0.05 for pair in shares[10:])
+
+
+def test_the_upper_limit_is_clopper_and_pearsons() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for events, runs in ((0, 10_000), (1, 10), (9, 10), (88, 10_000), (5_000, 10_000)):
+        assert upper_limit(events, runs) == pytest.approx(float(stats.beta.ppf(0.95, events + 1, runs - events)))
+    assert upper_limit(10, 10) == 1
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        Traffic({"availability": 0.99}),
+        Traffic({**GOOD, "speed": 0.9}),
+        Traffic({**GOOD, "latency": 1.2}),
+        Traffic(GOOD, canary={"speed": 0.9}),
+        Traffic(GOOD, requests_per_s=0),
+        Traffic(GOOD, requests_per_s=10, new_shoppers_per_s=60),
+    ],
+)
+def test_traffic_that_does_not_fit_the_objectives_is_refused(traffic: Traffic) -> None:
+    with pytest.raises(InputError):
+        run(traffic)

@@ -184,11 +184,12 @@ class Bets:
             y += constant
 
         # The stake on canary's events moves y to b; it is cut where control's share a would leave (0, 1).
-        rest_x, rest_y = one - x, one - y
         stake = b
         stake -= y
         stake *= self._side
-        stake /= np.multiply(y, rest_y, out=v_y)
+        np.subtract(one, y, out=v_y)
+        v_y *= y
+        stake /= v_y
         np.maximum(stake, self._zero, out=stake)
         against = np.multiply(slope, ratio[..., None], out=aim)
         bound = np.multiply(self._room_slope, x, out=pull)
@@ -200,21 +201,24 @@ class Bets:
         q *= self._side
         r = against  # of the other sign than the proof's
         r *= q
-        rest_y *= q
-        gain = np.log1p(rest_y, out=rest_y)
+        # 1 - q y, and with q added 1 + q (1 - y); 1 + r x, and with r taken away 1 - r (1 - x).
+        y *= q
+        good = np.subtract(one, y, out=y)
+        q += good
+        gain = np.log(q, out=q)
         gain *= canary[0][..., None]
-        q *= y
-        np.log1p(np.negative(q, out=q), out=q)
-        q *= canary[1][..., None]
-        gain += q
-        rest_x *= r
-        np.log1p(np.negative(rest_x, out=rest_x), out=rest_x)
-        rest_x *= control[0][..., None]
-        gain += rest_x
-        r *= x
-        np.log1p(r, out=r)
-        r *= control[1][..., None]
-        gain += r
+        np.log(good, out=good)
+        good *= canary[1][..., None]
+        gain += good
+        good = np.multiply(r, x, out=bound)
+        good += one
+        bad = np.subtract(good, r, out=r)
+        np.log(bad, out=bad)
+        bad *= control[0][..., None]
+        gain += bad
+        np.log(good, out=good)
+        good *= control[1][..., None]
+        gain += good
         return gain
 
 

@@ -67,6 +67,16 @@ def both(ok: float, bad: float) -> dict[str, float]:
             [[(0, {"ok": 10.0})], [(t, {"ok_new": 5.0 + t}) for t in range(1, 7)]],
             Counts(2, 2),
         ),
+        (
+            "a series is gone for good: it is waited for, then the step without it is lost",
+            [[(0, both(0, 0))], [(t, {"ok": 10.0 * t}) for t in range(1, 6)]],
+            Counts(10, 10),
+        ),
+        (
+            "a series is missing from scrapes that are read twice, and comes back",
+            [[(0, both(0, 0))], *[[(t, {"ok": 1.0}) for t in range(1, 4)]] * 2, [(4, both(5, 2))]],
+            Counts(5, 7),
+        ),
         ("no series at all", [[]], Counts(0, 0)),
     ],
 )
@@ -108,6 +118,21 @@ def test_copies_of_a_pair_of_scrapers_count_once_and_one_takes_over() -> None:
         folder.fold([*series(first, copy="a"), *series(second, copy="b")], began_s=0)
     (counts,) = folder.counts(since_s=0).values()
     assert 160 <= counts.total <= 180
+
+
+def test_a_copy_that_is_late_is_waited_for() -> None:
+    folder = SeriesFolder(needs_good=False, switch_after_s=5)
+    for at_s, copy, value in ((0.0, "a", 0.0), (1.0, "b", 9.0), (2.0, "a", 20.0)):
+        folder.fold(series([(at_s, both(value, 0))], copy=copy), began_s=0)
+    assert folder.counts(since_s=0) == {"7": Counts(20, 20)}
+
+
+def test_good_that_was_read_a_moment_after_total_is_no_more_than_total() -> None:
+    folder = SeriesFolder(needs_good=True)
+    good = Series("7", "p", "bucket", True, False, [(0, 0.0), (1, 5.0)])
+    total = Series("7", "p", "count", False, True, [(0, 0.0), (1, 4.0)])
+    folder.fold([good, total], began_s=0)
+    assert folder.counts(since_s=0) == {"7": Counts(4, 4)}
 
 
 def test_the_state_is_small_and_a_source_goes_on_from_it() -> None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console as RichConsole
+from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Console", "Task"]
+__all__ = ["Console", "Page", "Task"]
 
 _PLAIN_LINE_EVERY_S = 5.0
+_PLAIN_WIDTH = 200
+"""Tables in a file or a pipe are not broken to a terminal's width."""
 
 
 @dataclass
@@ -41,12 +45,23 @@ class Task:
             self._console.print(f"  {self._title}: {text}", markup=False, highlight=False)
 
 
+@dataclass(frozen=True)
+class Page:
+    """What is drawn as one: lines, each with its style, and a table under them where it has rows."""
+
+    lines: tuple[tuple[str, str | None], ...]
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[object, ...], ...] = ()
+
+
 class Console:
     """``json_output``: the command will end in one JSON document; people's lines then go to standard error."""
 
     def __init__(self, *, json_output: bool = False) -> None:
         self.json_output = json_output
         self._rich = RichConsole(stderr=json_output, highlight=False, soft_wrap=True)
+        if not self._rich.is_terminal:
+            self._rich.width = max(self._rich.width, _PLAIN_WIDTH)
         self._errors = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str, *, style: str | None = None) -> None:
@@ -65,10 +80,19 @@ class Console:
         self._errors.print(Text("error: ", style="red bold").append(Text(text, style="default")))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
-        self._rich.print(table)
+        self._rich.print(_table(columns, rows))
+
+    def page(self, page: Page) -> None:
+        self._rich.print(_drawn(page))
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[Page], None] | None]:
+        """Draws a page anew in its place; the last one stays. None where there is no terminal."""
+        if not self._rich.is_terminal:
+            yield None
+            return
+        with Live(console=self._rich, auto_refresh=False) as live:
+            yield lambda page: live.update(_drawn(page), refresh=True)
 
     def result(self, document: Mapping[str, object] | Sequence[object]) -> None:
         """The machine's answer, on standard output; only with ``--json``."""
@@ -88,3 +112,15 @@ class Console:
             console=self._rich, transient=True,
         ) as progress:  # fmt: skip
             yield Task(progress, title, self._rich, _id=progress.add_task(title, total=None))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    return table
+
+
+def _drawn(page: Page) -> RenderableType:
+    lines = [Text(text, style=style or "") for text, style in page.lines]
+    return Group(*lines, *([_table(page.columns, page.rows)] if page.rows else []))

@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import shlex
+import socket
+import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from endcap.cli.console import Console
 from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption, TargetOption
-from endcap.errors import InputError, OutcomeError
+from endcap.errors import EndcapError, InputError, OutcomeError, StateError
+
+if TYPE_CHECKING:
+    from endcap.cli.standing import Standing
+    from serving.rollout.events import Command
+    from serving.rollout.state import State
+    from serving.targets import LocalTarget
 
 app = typer.Typer(no_args_is_help=True, help="Roll out a model version, decided by evidence.")
+
+DEFAULT_FOLDER = Path("out/rollouts")
+_WATCH_S = 0.5
+_ENGINE_S = 30.0
+
+FolderArgument = Annotated[Path, typer.Argument(help="The rollout's folder.", show_default=False)]
+ByOption = Annotated[str | None, typer.Option("--by", help="Who asks (default: user@host).", show_default=False)]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=0, help="Seconds to wait until the rollout's engine has taken it up.")
+]
+
+
+# ---- the engine --------------------------------------------------------------------------------------
 
 
 @app.command()
 def start(
     file: Annotated[Path, typer.Argument(help="File with a Rollout document.")],
-    objectives: Annotated[Path, typer.Option(help="File with the service's Objectives document.")],
+    objectives: Annotated[
+        Path | None,
+        typer.Option(help="File with the service's Objectives document (default: the target's).", show_default=False),
+    ] = None,
     folder: Annotated[
-        Path,
-        typer.Option(help="Folder of this rollout; one that was cut off is gone on with, one that ended stays so."),
-    ],
+        Path | None,
+        typer.Option(
+            help="Folder of this rollout (default: out/rollouts/SERVICE-VERSION); one that was cut off is gone on "
+            "with, one that ended stays so.",
+            show_default=False,
+        ),
+    ] = None,
     target: TargetOption = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     package: Annotated[
@@ -33,7 +65,8 @@ def start(
 ) -> None:
     """Start a rollout, or go on with one that was cut off. Exits 4 when it ends in anything but a promotion.
 
-    The candidate, models:/NAME/VERSION, is fetched from the registry.
+    The candidate, models:/NAME/VERSION, is fetched from the registry. It runs until the rollout ends; Ctrl-C or
+    SIGTERM end it earlier (130, 143): what was decided stays, and the same command goes on.
     """
     from endcap.cli.rolling import has_ended, resolve_candidate, roll_out
     from endcap.objectives import load_objectives
@@ -41,69 +74,318 @@ def start(
     from serving.targets import ModelVersion, open_target
 
     console = Console(json_output=json_output)
-    spec, declared = load_rollout(file), load_objectives(objectives)
-    if declared.name != spec.objectives:
-        raise InputError(f"the rollout asks for objectives {spec.objectives!r}; this file has {declared.name!r}",
-                         where=objectives)  # fmt: skip
+    spec, running = load_rollout(file), open_target(target)
+    declared = load_objectives(objectives or _objectives_of(running))
+    spec.judged(declared)  # what does not fit is said before anything is fetched
     if package is not None:
         candidate = ModelVersion(label, package.absolute())
     else:
         candidate = resolve_candidate(spec.candidate, registry)
-    running = open_target(target)
+    folder = folder or DEFAULT_FOLDER / f"{spec.service}-{candidate.label}"
+    console.say(f"  folder {folder}", style="dim")
     if has_ended(folder):
         console.say("  this rollout has ended; to roll the version out again choose another --folder", style="yellow")
-    result = roll_out(console, spec, declared, candidate, running, folder)
+    try:
+        result = roll_out(console, spec, declared, candidate, running, folder)
+    except (KeyboardInterrupt, SystemExit):
+        console.say(f"  stopped: version {candidate.label} keeps the share it has, and nobody watches it. The same "
+                    f"command goes on with the rollout; endcap rollout abort {shlex.quote(str(folder))} returns its "
+                    "traffic.", style="yellow")  # fmt: skip
+        raise
     console.result({"from": result.stable, "to": result.canary, "verdict": result.outcome,
-                    "reason": result.reason, "seconds": round(result.seconds, 3)})  # fmt: skip
+                    "reason": result.reason, "seconds": round(result.seconds, 3), "folder": str(folder)})  # fmt: skip
     if result.outcome != "promoted":
         raise OutcomeError(f"version {result.canary} was not promoted: {result.outcome}, {result.reason}")
 
 
+def _objectives_of(target: LocalTarget) -> Path:
+    path = target.folder / "objectives.yaml"
+    if not path.exists():
+        raise InputError("no objectives were given, and the target was started with none", where="--objectives",
+                         next_step="name the file with the service's Objectives document")  # fmt: skip
+    return path
+
+
+# ---- where it stands ---------------------------------------------------------------------------------
+
+
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="The rollout's folder.")], json_output: JsonOption = False
+    folder: FolderArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end; exits 4 unless promoted.")] = False,
+    json_output: JsonOption = False,
 ) -> None:
-    """Where a rollout stands."""
-    from endcap.files import read_json
-    from serving.rollout.state import State
+    """Where a rollout stands, with or without an engine."""
+    from endcap.cli.standing import read_standing, said
 
     console = Console(json_output=json_output)
-    document = read_json(folder / "state.json")
-    state = State.from_json(document, where=folder / "state.json")
-    verdict = state.outcome or "running"
-    console.say(f"{state.stable} -> {state.canary}: {verdict} ({state.phase}, step {state.step + 1}): {state.reason}")
-    console.result(document)
+    standing = _follow(console, folder) if watch else read_standing(folder)
+    if not watch:
+        console.page(standing.page(time.time()))
+    console.result(standing.to_json())
+    if watch and standing.state.outcome != "promoted":
+        raise OutcomeError(f"version {standing.state.canary} was not promoted: {said(standing.state.outcome)}, "
+                           f"{standing.state.reason}")  # fmt: skip
+
+
+def _follow(console: Console, folder: Path) -> Standing:
+    """Drawn anew on a terminal; elsewhere a line whenever something changes."""
+    from endcap.cli.standing import read_standing
+
+    told = ""
+    with console.live() as draw:
+        while True:
+            standing = read_standing(folder)
+            if draw is not None:
+                draw(standing.page(time.time()))
+            elif standing.change != told:
+                told = standing.change
+                console.say(f"{datetime.now(UTC):%H:%M:%S} {told}")
+            if standing.state.ended:
+                return standing
+            time.sleep(_WATCH_S)
 
 
 @app.command()
 def history(
-    folder: Annotated[Path, typer.Argument(help="The rollout's folder.")],
+    folder: FolderArgument,
     all_looks: Annotated[bool, typer.Option("--all", help="Every look, not only what changed something.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decide it all again from the log, and compare with where it stands.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """What was decided, when, and on what evidence."""
+    """What was decided, when, by whom, and on what evidence."""
     from endcap.files import read_json_lines
+    from serving.rollout.store import DECISIONS_FILE
 
     console = Console(json_output=json_output)
-    path = folder / "decisions.jsonl"
+    path = folder / DECISIONS_FILE
     if not path.exists():
         raise InputError("no rollout here", where=folder)
+    if verify:
+        _verify(console, folder)
+        return
     lines = [line for line in read_json_lines(path) if all_looks or line.get("action") != "look"]
-    console.table(
-        ["at", "step", "share", "action", "evidence", "reason"],
-        [
-            (
-                datetime.fromtimestamp(float(line["at_s"]), UTC).strftime("%H:%M:%S"),
-                line["step"],
-                "" if line["share"] is None else f"{line['share']:.0%}",
-                line["action"],
-                line["verdict"],
-                line["reason"],
-            )
-            for line in lines
-        ],
-    )
+    try:
+        rows = [_history_row(line) for line in lines]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StateError(f"a line is damaged ({error!r})", where=path) from error
+    console.table(["seq", "at (UTC)", "step", "share", "what happened", "then", "evidence", "reason"], rows)
     console.result(lines)
+
+
+def _history_row(line: Mapping[str, Any]) -> tuple[object, ...]:
+    at = datetime.fromtimestamp(float(line["at_s"]), UTC).strftime("%m-%d %H:%M:%S")
+    share = None if line["share"] is None else f"{line['share']:.0%}"
+    reason = line["reason"] if line["waiting"] is None else f"waits: {line['waiting']}"
+    return (line["seq"], at, line["step"], share, _event(line["event"]), line["action"], line["verdict"], reason)
+
+
+def _event(event: Mapping[str, Any] | None) -> str:
+    match event:
+        case None:
+            return "begun"
+        case {"kind": "commanded", "command": command, "by": by}:
+            return f"{command} by {by}"
+        case {"kind": "gated", "passed": passed}:
+            return "checks passed" if passed else "checks failed"
+        case {"kind": "act_failed"}:
+            return "could not do it"
+        case {"kind": "acted"}:
+            return "done"
+        case _:
+            return "look"
+
+
+def _verify(console: Console, folder: Path) -> None:
+    """The log, decided again, has to lead to every state that was kept of it."""
+    from endcap.files import read_json_lines
+    from serving.rollout.audit import replay
+    from serving.rollout.commands import open_rollout
+    from serving.rollout.declared import read_declared
+    from serving.rollout.store import DECISIONS_FILE
+
+    path, kept, spec = folder / DECISIONS_FILE, open_rollout(folder), read_declared(folder).spec
+    at_checkpoint = replay(spec, (line for line in read_json_lines(path) if not _is_after(line, kept.seq)), where=path)
+    if at_checkpoint != kept:
+        raise StateError(f"the log does not lead to the state that was kept (decision {kept.seq})", where=path,
+                         next_step="one of the two files was changed: restore them from a backup")  # fmt: skip
+    last = replay(spec, read_json_lines(path), where=path)
+    behind = 0 if last is None else last.seq - kept.seq
+    console.good(f"the log's {kept.seq + behind} decisions, decided again, lead to the state that was kept")
+    if behind:
+        console.say(f"  the kept state is {behind} behind the log, as after a crash; the log is what is gone on from")
+    console.result({"verified": True, "decisions": kept.seq + behind, "kept": kept.seq})
+
+
+def _is_after(line: Mapping[str, Any], seq: int) -> bool:
+    found = line.get("seq")
+    return isinstance(found, int) and found > seq
+
+
+# ---- what people ask for -----------------------------------------------------------------------------
+
+
+@app.command()
+def pause(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
+          json_output: JsonOption = False) -> None:  # fmt: skip
+    """Keep the share that it has. Evidence still counts, and a canary shown to be worse still loses its traffic."""
+    _ask("pause", folder, by, timeout_s, json_output)
+
+
+@app.command()
+def resume(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
+           json_output: JsonOption = False) -> None:  # fmt: skip
+    """End a pause. The time of the pause does not count against the step's."""
+    _ask("resume", folder, by, timeout_s, json_output)
+
+
+@app.command()
+def approve(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
+            json_output: JsonOption = False) -> None:  # fmt: skip
+    """Let the step begin that waits for approval; no later one."""
+    _ask("approve", folder, by, timeout_s, json_output)
+
+
+@app.command()
+def promote(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
+            json_output: JsonOption = False) -> None:  # fmt: skip
+    """Go to the last step now, whatever the evidence says so far. One shown to be worse is still rolled back."""
+    _ask("promote", folder, by, timeout_s, json_output)
+
+
+@app.command()
+def abort(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
+          target: TargetOption = None, json_output: JsonOption = False) -> None:  # fmt: skip
+    """Return all traffic to the old version. Where no engine runs, this one does it (--target)."""
+    _ask("abort", folder, by, timeout_s, json_output, target)
+
+
+def _ask(
+    verb: str, folder: Path, by: str | None, timeout_s: float, json_output: bool, target: Path | None = None
+) -> None:
+    from endcap.cli.standing import read_standing
+    from serving.rollout.commands import ask, engine_runs
+    from serving.rollout.events import Command
+    from serving.rollout.store import read_commands
+
+    console, command = Console(json_output=json_output), Command(verb)
+    standing = read_standing(folder)
+    waiting = bool(read_commands(folder, after=standing.state.commands))
+    settled = None if waiting and not standing.state.ended else _settled(command, standing)
+    if settled is not None:
+        console.good(settled)
+        console.result(standing.to_json())
+        return
+    step = _step_to_approve(standing) if command is Command.APPROVE else None
+    number = ask(folder, command, by=by or _who(), step=step)
+    if not engine_runs(folder):
+        if command is Command.ABORT:
+            _abort_here(console, standing.state, folder, target)
+            console.result(read_standing(folder).to_json())
+            return
+        console.say(f"  asked; no engine runs: it is taken up when endcap rollout start goes on with {folder}",
+                    style="yellow")  # fmt: skip
+        console.result(read_standing(folder).to_json())
+        return
+    standing = _await(folder, number, timeout_s)
+    if standing.state.commands < number:
+        raise _unheard(standing, verb, timeout_s)
+    console.page(standing.page(time.time()))
+    console.result(standing.to_json())
+
+
+def _settled(command: Command, standing: Standing) -> str | None:
+    """What is to be said where what is asked is the case already; None where there is something to do."""
+    state = standing.state
+    who, waits = f"version {state.canary}", state.waiting is not None
+    match command.value:
+        case "abort" if state.ended and state.outcome != "promoted":
+            return f"it has ended: {who} was {_ended(state)}; all traffic is on version {state.stable}"
+        case "abort" if state.outcome == "aborted":
+            return f"it is aborted already: {state.reason}"
+        case "abort" if state.ended:
+            raise InputError(f"it has ended: {who} was promoted and serves", where=standing.folder,
+                             next_step=f"to go back, roll version {state.stable} out")  # fmt: skip
+        case "promote" if state.outcome == "promoted":
+            return f"{who} is promoted already"
+        case "promote" if state.by_hand is not None and state.outcome is None:
+            return f"{who} is on its way: promoted by {state.by_hand}"
+        case "pause" if state.paused_at_s is not None:
+            return f"it is paused already: {state.waiting or 'paused'}"
+        case "resume" if not state.ended and state.paused_at_s is None:
+            return "it is not paused"
+        case "approve" if not state.ended and state.approved > 0 and standing.approval is None and not waits:
+            return f"step {state.approved} is approved already, and no other waits"
+        case _:
+            return None
+
+
+def _ended(state: State) -> str:
+    return "held" if state.outcome is None else state.outcome.value.replace("_", " ")
+
+
+def _step_to_approve(standing: Standing) -> int | None:
+    if standing.state.ended:
+        return None  # refused for that
+    if standing.approval is not None:
+        return standing.approval
+    paused = standing.state.paused_at_s is not None
+    raise InputError(f"nothing waits for approval: {standing.headline}", where=standing.folder,
+                     next_step=f"resume it first: endcap rollout resume {standing.folder}" if paused else
+                     "approve when endcap rollout status says that a step waits for it")  # fmt: skip
+
+
+def _await(folder: Path, number: int, timeout_s: float) -> Standing:
+    """Where it stands once the engine has taken command ``number`` up, has ended, or the time is out."""
+    from endcap.cli.standing import read_standing
+
+    ends_s = time.monotonic() + timeout_s
+    while True:
+        standing = read_standing(folder)
+        heard = standing.state.commands >= number or standing.state.ended or not standing.engine
+        if heard or time.monotonic() >= ends_s:
+            return standing
+        time.sleep(0.1)
+
+
+def _unheard(standing: Standing, verb: str, timeout_s: float) -> EndcapError:
+    if standing.state.ended:
+        return OutcomeError(f"it ended before that: {standing.headline}", where=standing.folder)
+    if not standing.engine:
+        return OutcomeError(f"the engine ended before it took the {verb} up; it stays asked", where=standing.folder,
+                            next_step="endcap rollout start goes on with it")  # fmt: skip
+    return OutcomeError(f"not taken up after {timeout_s:g} s; it stays asked: {standing.headline}",
+                        where=standing.folder,
+                        next_step=f"the engine may be busy: endcap rollout status {standing.folder}")  # fmt: skip
+
+
+def _abort_here(console: Console, state: State, folder: Path, target: Path | None) -> None:
+    from endcap.cli.rolling import bring_back
+    from serving.targets import open_target
+
+    console.say("  no engine runs: this one returns the traffic", style="dim")
+    try:
+        result = bring_back(console, state, open_target(target), folder)
+    except EndcapError as error:
+        raise type(error)(f"the abort is kept, and nothing was returned yet: {error.what}", where=error.where,
+                          next_step=error.next_step) from error  # fmt: skip
+    if result.outcome == "promoted":
+        raise OutcomeError(f"version {result.canary} was promoted before that", where=folder)
+    console.good(f"version {result.canary} was {result.outcome.value.replace('_', ' ')}: all traffic is on version "
+                 f"{result.stable}")  # fmt: skip
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        user = f"uid {os.getuid()}"
+    return f"{user}@{socket.gethostname()}"[:200]
+
+
+# ---- the files that people write ---------------------------------------------------------------------
 
 
 @app.command()

@@ -147,4 +147,12 @@ class RolloutStore:
 
 
 def _declared(spec: RolloutSpec, objectives: Objectives) -> dict[str, Any]:
-    return {**asdict(spec), "objectives": asdict(objectives)}
+    return {**asdict(spec), "objectives": asdict(objectives, dict_factory=_plain)}
+
+
+def _plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON has no sets; one written in whatever order would differ from itself the next time."""
+    return {
+        name: [asdict(member) for member in sorted(value)] if isinstance(value, frozenset) else value
+        for name, value in fields
+    }

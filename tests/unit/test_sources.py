@@ -1,6 +1,6 @@
 """Sources against a fake HTTP server on loopback that answers well, badly, slowly or nonsense.
 
-The real Prometheus and the real Envoy are in tests/local (test_prometheus.py, test_sources.py).
+The real Prometheus and the real Envoy are in tests/local (test_prometheus.py, test_sources_attempts.py).
 """
 
 from __future__ import annotations

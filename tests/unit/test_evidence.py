@@ -209,6 +209,14 @@ def test_a_goal_needs_no_control() -> None:
     assert state.peak[0, PASS] <= 1 + 1e-9
 
 
+def test_a_first_look_that_holds_more_than_all_that_is_known_is_learnt_from_and_not_bet_on() -> None:
+    kernel = Kernel([replace(CLICKS, goal=0.5)])
+    state = fed(kernel, (9_200, 10_000, 92_000, 100_000))
+    assert state.peak[0, PASS] == pytest.approx(1)
+    kernel.update(state, *(np.array([count]) for count in (9_200.0, 10_000.0, 92_000.0, 100_000.0)))
+    assert state.peak[0, PASS] > 20
+
+
 def test_a_margin_wider_than_control_s_own_share_fails_nobody() -> None:
     evidence = Evidence.start(only(replace(CLICKS, margin=0.1, margin_relative=None)))
     for _ in range(100):

@@ -336,7 +336,7 @@ class _Sight:
         self._split = SplitTest()
         answered = tuple(objective for objective in objectives.objectives if objective.good is Good.ANSWERED)
         self._shadow_evidence = (
-            Evidence.start(replace(objectives, objectives=answered), alpha=spec.alpha, beta=spec.beta)
+            Evidence.start(replace(objectives, objectives=answered), alpha=spec.alpha, beta=spec.beta, intervals=False)
             if answered and spec.shadow is not None else None
         )  # fmt: skip
         self._shadow: ShadowObservation | None = None

@@ -158,8 +158,9 @@ def envoy_attempts(
     over. So attempts are all codes and all retries; good are the codes below 500 but 429, as long as only what is no
     answer is tried again. Attempts under way, and those that the shopper left, are in neither.
 
-    Measured against the gateway's log of attempts (tests/local/test_sources_attempts.py): equal, failures, resets and timeouts
-    alike, but where a version has no replica left: each request whose retry finds none counts one attempt more here.
+    Measured against the gateway's log of attempts (tests/local/test_sources_attempts.py): equal, failures, resets and
+    timeouts alike, but where a version has no replica left: each request whose retry finds none counts one attempt
+    more here. Copies sent to a shadow are attempts of the shadow's version.
 
     Raises:
         SourceError: not Envoy's text.

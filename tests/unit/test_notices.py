@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from serving.rollout.notices import NOTICES_FILE, Notice, Notifier, Told, notice
 from serving.rollout.spec import RolloutSpec, Step
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import DECISIONS_FILE
+from tests.webhook import SECRET, Hook
 
 OBJECTIVES = Objectives(
     "recommender", "recommender", (Objective("availability", 0.9, Good.ANSWERED, None, None, 0.05, None),)
@@ -35,7 +34,6 @@ SPEC = RolloutSpec(
 EVIDENCE = Evidence.start(OBJECTIVES).update({"availability": Stratum(Counts(90, 100), Counts(990, 1000))})
 START = begin(SPEC, stable="2", canary="3", now_s=100.0)
 OBSERVING = START.with_(phase=Phase.OBSERVING, intent=(), seq=3)
-SECRET = "T0/B0/s3cr3t"
 
 
 def decided(before: State | None, after: State, event: Any = None) -> Decision:
@@ -114,50 +112,6 @@ def test_an_address_is_read_from_the_environment_and_never_said(monkeypatch: pyt
 
 
 # ---- sending ----
-
-
-class Hook:
-    """A webhook on this machine that answers as told: a status, or None to answer nothing until it is closed."""
-
-    def __init__(self, answers: list[int | None], headers: dict[str, str] | None = None) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.answered = threading.Semaphore(0)
-        closed = self._closed = threading.Event()
-        hook = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                answer = answers.pop(0) if answers else 200
-                hook.bodies.append(body)
-                if answer is None:
-                    closed.wait(30)
-                    return
-                self.send_response(answer)
-                for name, value in (headers or {}).items():
-                    self.send_header(name, value)
-                self.send_header("content-length", "0")
-                self.end_headers()
-                hook.answered.release()
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/{SECRET}"
-
-    def close(self) -> None:
-        self._closed.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    @property
-    def texts(self) -> list[str]:
-        return [body["text"] for body in self.bodies]
 
 
 @pytest.fixture

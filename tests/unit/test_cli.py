@@ -133,6 +133,26 @@ def test_the_schemas_of_the_files_people_write_can_be_printed() -> None:
     assert "maxSeconds" in json.dumps(schema)
 
 
+def test_the_guide_s_rollout_with_every_field_is_one_and_its_defaults_are_the_defaults(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from serving.rollout.spec import GatesSpec, load_rollout
+
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    begins = guide.index("    spec:\n      service: recommender\n      candidate:")
+    lines = guide[begins : guide.index("\n\n", begins)].splitlines()
+    envelope = "apiVersion: endcap.dev/v1alpha1\nkind: Rollout\nmetadata: {name: recommender}\n"
+    (tmp_path / "full.yaml").write_text(envelope + "\n".join(line[4:] for line in lines) + "\n")
+    (tmp_path / "short.yaml").write_text(
+        envelope + 'spec: {service: recommender, candidate: "models:/recommender/7"}\n'
+    )
+    full, short = load_rollout(tmp_path / "full.yaml"), load_rollout(tmp_path / "short.yaml")
+    assert full.shadow is not None and len(full.freeze) == 2 and full.gates.requests is not None
+    assert full.steps[0] == short.steps[0]
+    as_examples = {"steps": short.steps, "margins": {}, "shadow": None, "freeze": (), "prometheus_url": None}
+    assert replace(full, **as_examples, gates=replace(full.gates, requests=None)) == replace(short, gates=GatesSpec())
+
+
 def test_a_role_s_lock_is_a_part_of_the_whole() -> None:
     """Images installed a role at a time run the very versions that the tests ran."""
 

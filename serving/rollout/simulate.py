@@ -34,6 +34,8 @@ _OUTCOMES = (UNDECIDED, Outcome.PROMOTED.value, Outcome.ROLLED_BACK.value, Outco
 _UNDECIDED, _PROMOTED, _ROLLED_BACK, _HELD = range(4)
 _CHUNK = 250
 """Runs simulated together: their evidence then fits into a core's cache."""
+_CROWD_CELLS = 5_000_000
+"""The most (run, look, step) of a finite population drawn together: 14 bytes each."""
 _WORTH_PACKING = 0.9
 """Runs that ended are taken out when fewer than this part of the rows are still running."""
 
@@ -109,8 +111,7 @@ def simulate(
     if runs < 1 or horizon_s < spec.look_s:
         raise InputError("nothing to simulate: at least one run and one look are needed")
     parts = []
-    for start, child in _chunks(runs, seed):
-        size = min(_CHUNK, runs - start)
+    for start, size, child in _chunks(traffic, runs, int(horizon_s / spec.look_s) * len(spec.steps), seed):
         batch = _Batch(objectives, spec, traffic, size, child, horizon_s, start, watcher, max(0, record - start), seed)
         parts.append(batch.run())
         if on_progress is not None:
@@ -134,8 +135,7 @@ def watch(
 ) -> None:  # fmt: skip
     """Show ``watcher`` the traffic of ``runs`` canaries that keep one share for ``seconds``; no evidence of ours."""
     looks = int(seconds / look_s)
-    for start, child in _chunks(runs, seed):
-        size = min(_CHUNK, runs - start)
+    for start, size, child in _chunks(traffic, runs, 2 * looks, seed):
         stream = Stream(objectives, traffic, shares=(share,), runs=size, looks=looks, look_s=look_s, seed=child,
                         population_seed=seed, impressions=True)  # fmt: skip
         step, rows = np.zeros(size, dtype=np.int64), np.arange(start, start + size)
@@ -160,9 +160,12 @@ def upper_limit(events: int, runs: int, *, level: float = 0.95) -> float:
     return (low + high) / 2
 
 
-def _chunks(runs: int, seed: int) -> list[tuple[int, np.random.SeedSequence]]:
-    starts = list(range(0, runs, _CHUNK))
-    return list(zip(starts, np.random.SeedSequence(seed).spawn(len(starts)), strict=True))
+def _chunks(traffic: Traffic, runs: int, cells: int, seed: int) -> list[tuple[int, int, np.random.SeedSequence]]:
+    """Where each chunk begins, its size and its own seed."""
+    size = _CHUNK if traffic.population is None else max(1, min(_CHUNK, _CROWD_CELLS // cells))
+    starts = range(0, runs, size)
+    seeds = np.random.SeedSequence(seed).spawn(len(starts))
+    return [(start, min(size, runs - start), child) for start, child in zip(starts, seeds, strict=True)]
 
 
 class _Batch:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner, Result
 
 from benchmarks.rollout.replay import judged_again
+from endcap.cli.simulate import simulate as simulate_command
 from endcap.errors import InputError
 from endcap.objectives import Good, Objective, Objectives
 from serving.rollout.simulate import SimulatedRuns, simulate, upper_limit, watch
@@ -173,3 +178,61 @@ def test_the_upper_limit_is_clopper_and_pearsons() -> None:
 def test_traffic_that_does_not_fit_the_objectives_is_refused(traffic: Traffic) -> None:
     with pytest.raises(InputError):
         run(traffic)
+
+
+# ---- endcap rollout simulate -------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(simulate_command)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_command_says_what_steps_and_margins_are_worth_and_plots_it(tmp_path: Path) -> None:
+    quick = ["--runs", "20", "--seconds", "300", "--seed", "3", "--worse", "availability=0.9", "--json"]
+    done = command(*quick, "--out", str(tmp_path / "power.png"))
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    same, worse = document["candidates"]
+    assert same["effect"] == {"objective": None, "canary": None}
+    assert same["rolled_back_share"] == 0
+    assert 0 < same["rolled_back_at_most"] < 0.2
+    assert worse["effect"] == {"objective": "availability", "canary": 0.9}
+    assert worse["rolled_back_share"] == 1
+    assert worse["median_s"] < 60
+    assert 0 < worse["shoppers_hurt"] <= worse["shoppers_hurt_p90"] < worse["canary_requests"]
+    assert (tmp_path / "power.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(command(*quick).stdout) == document, "the same seed, the same answer"
+    assert command(*quick, "--out", str(tmp_path / "power.html")).exit_code == 0
+    assert "<svg" in (tmp_path / "power.html").read_text()
+
+
+def test_the_command_takes_the_files_that_the_rollout_will_be_started_with(tmp_path: Path) -> None:
+    (tmp_path / "objectives.yaml").write_text(
+        "apiVersion: endcap.dev/v1alpha1\nkind: Objectives\nmetadata: {name: search}\nspec:\n  service: search\n"
+        "  objectives:\n  - {name: answers, goal: 0.99, good: answered}\n"
+    )
+    (tmp_path / "rollout.yaml").write_text(
+        "apiVersion: endcap.dev/v1alpha1\nkind: Rollout\nmetadata: {name: search}\nspec:\n  service: search\n"
+        "  candidate: models:/search/2\n  margins: {answers: {absolute: 0.02}}\n"
+        "  steps: [{share: 0.2, minSeconds: 5}, {share: 1, minSeconds: 5}]\n"
+    )
+    files = ["--objectives", str(tmp_path / "objectives.yaml"), "--rollout", str(tmp_path / "rollout.yaml")]
+    done = command(*files, "--base", "answers=0.998", "--runs", "20", "--seconds", "120", "--json")
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["stable"] == {"answers": 0.998}
+    assert [step["share"] for step in document["steps"]] == [0.2, 1.0]
+    tried = [one["effect"]["canary"] for one in document["candidates"]]
+    assert tried == [None, 0.988, 0.978, 0.968, 0.958, 0.938, 0.898], "multiples of the rollout's own margin"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--worse", "speed=0.9"], ["--worse", "latency=fast"], ["--base", "latency=2"], ["--out", "power.txt"],
+     ["--requests-per-second", "0"]],
+)  # fmt: skip
+def test_the_command_refuses_what_it_cannot_simulate(wrong: list[str]) -> None:
+    done = command("--runs", "20", *wrong)
+    assert isinstance(done.exception, InputError)

@@ -116,6 +116,9 @@ class Console:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(table.columns):  # where a terminal is narrow, words wrap and no label or number
+        column.no_wrap = not any(" " in str(row[index]) for row in rows)
+        column.overflow = "fold"
     for row in rows:
         table.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
     return table

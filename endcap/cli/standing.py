@@ -20,6 +20,8 @@ from serving.rollout.store import DECISIONS_FILE
 
 __all__ = ["Standing", "read_standing", "said"]
 
+REACH = 0.25
+"""How far the evidence's intervals reach to either side."""
 _BLOCK_BYTES = 1 << 16
 _PLACES = {
     Phase.GATING: "is checked before any traffic",
@@ -120,7 +122,7 @@ class Standing:
             lines.append((f"  last look {_duration(now_s - self.looked_at_s)} ago ({at})", "dim"))
         if self.what_next is not None:
             lines.append((f"  next: {self.what_next}", "yellow"))
-        columns = ("objective", "verdict", "canary", "control", "difference", "interval", "margin")
+        columns = ("objective", "verdict", "canary", "control", "points", "interval", "margin")
         return Page(tuple(lines), columns, tuple(_row(name, seen) for name, seen in self.objectives.items()))
 
     def _progress(self, now_s: float) -> str:
@@ -195,10 +197,19 @@ def _last_line(path: Path) -> Mapping[str, Any] | None:
 
 
 def _row(name: str, seen: Mapping[str, Any]) -> tuple[object, ...]:
-    low, high, margin = seen.get("low"), seen.get("high"), seen.get("margin")
-    interval = None if low is None or high is None else f"{_points(low)} to {_points(high)}"
+    margin = seen.get("margin")
     return (name, seen.get("verdict"), _counts(seen.get("canary")), _counts(seen.get("control")),
-            _points(seen.get("difference")), interval, None if margin is None else _points(-margin))  # fmt: skip
+            _points(seen.get("difference")), _interval(seen.get("low"), seen.get("high")),
+            None if margin is None else _points(-margin))  # fmt: skip
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    """An end at the evidence's reach is open: nothing beyond it was ruled out."""
+    if low is None or high is None or (low <= -REACH and high >= REACH):
+        return None
+    if low <= -REACH:
+        return f"<{_points(high)}"
+    return f">{_points(low)}" if high >= REACH else f"{_points(low)}..{_points(high)}"
 
 
 def _lift(seen: Mapping[str, Any]) -> str | None:

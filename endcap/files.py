@@ -103,7 +103,10 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line. With ``sync`` a line is on disk when :meth:`append` returns."""
+    """An append-only file of one JSON object a line. With ``sync`` a line is on disk when :meth:`append` returns.
+
+    A line that is synced brings those before it to disk too.
+    """
 
     def __init__(self, path: Path, *, sync: bool = False) -> None:
         self.path = path
@@ -115,14 +118,15 @@ class JsonLines:
         except OSError as error:
             raise from_os_error(error, doing=f"opening {path}") from error
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any], *, sync: bool | None = None) -> None:
+        """``sync``: for this line, other than for the file's."""
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
             if written != len(line):
                 os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - written)
                 raise OSError(28, os.strerror(28), str(self.path))
-            if self._sync:
+            if self._sync if sync is None else sync:
                 os.fsync(self._file.fileno())
         except OSError as error:
             raise from_os_error(error, doing=f"appending to {self.path}") from error

@@ -187,14 +187,14 @@ def _watch_writes(killer: _Killer) -> None:
     """Put points around everything that reaches the disk through :mod:`endcap.files`. Only ever in a child."""
     append, fsync, rename = JsonLines.append, os.fsync, Path.replace
 
-    def appended(lines: JsonLines, record: Mapping[str, Any]) -> None:
+    def appended(lines: JsonLines, record: Mapping[str, Any], *, sync: bool | None = None) -> None:
         killer.point()
         if killer.due():
             whole = json.dumps(record, separators=(",", ":")).encode()
             with lines.path.open("ab", buffering=0) as file:
                 file.write(whole[: len(whole) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        append(lines, record)
+        append(lines, record, sync=sync)
         killer.point()
 
     def synced(handle: int) -> None:

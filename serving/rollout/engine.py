@@ -260,7 +260,8 @@ class Engine:
         return after
 
     def _record(self, decided: Decision) -> None:
-        self._store.add_decision(decision_record(self._spec, decided, shadow=self._sight.shadow_json))
+        record = decision_record(self._spec, decided, shadow=self._sight.shadow_json)
+        self._store.add_decision(record, changed=decided.after is not decided.before)
         if self._on_decision is not None:
             self._on_decision(decided)
 

@@ -71,7 +71,7 @@ class RolloutStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._decisions = JsonLines(folder / DECISIONS_FILE, sync=True)
+        self._decisions = JsonLines(folder / DECISIONS_FILE)
         self._looks = JsonLines(folder / LOOKS_FILE)
         self._commands_bytes, self._commands = -1, 0
 
@@ -119,8 +119,9 @@ class RolloutStore:
     def add_look(self, seen: Observation) -> None:
         self._looks.append(observation_to_json(seen))
 
-    def add_decision(self, record: Mapping[str, Any]) -> None:
-        self._decisions.append(record)
+    def add_decision(self, record: Mapping[str, Any], *, changed: bool) -> None:
+        """On disk when this returns, if it ``changed`` anything: a look that changed nothing may be lost."""
+        self._decisions.append(record, sync=changed)
 
     def has_commands(self, *, after: int) -> bool:
         """Whether people may have asked for something since; costs a look at the file's size."""

@@ -16,6 +16,7 @@ import typer
 
 from endcap.cli.console import Console
 from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption, TargetOption
+from endcap.cli.simulate import simulate
 from endcap.errors import EndcapError, InputError, OutcomeError, StateError
 
 if TYPE_CHECKING:
@@ -316,8 +317,8 @@ def _settled(command: Command, standing: Standing) -> str | None:
             return f"it is paused already: {state.waiting or 'paused'}"
         case "resume" if not state.ended and state.paused_at_s is None:
             return "it is not paused"
-        case "approve" if not state.ended and state.approved > 0 and standing.approval is None and not waits:
-            return f"step {state.approved} is approved already, and no other waits"
+        case "approve" if state.approved > 0 and standing.approval is None and not waits:
+            return f"step {state.approved} is approved already, and no other waits: {standing.headline}"
         case _:
             return None
 
@@ -383,6 +384,9 @@ def _who() -> str:
     except (KeyError, OSError, ImportError):
         user = f"uid {os.getuid()}"
     return f"{user}@{socket.gethostname()}"[:200]
+
+
+app.command()(simulate)
 
 
 # ---- the files that people write ---------------------------------------------------------------------

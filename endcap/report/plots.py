@@ -308,7 +308,9 @@ def course(run: Run, rollout: Rollout) -> Course | None:
         times.append(end)
         shares.append(last)
     x = _time_axis(end)
-    y = Axis(0, 1.12, (0, 0.5, 1), format=lambda share: f"{share:.0%}")
+    highest = max([0.05, *shares])
+    ticks = (0, 0.5, 1) if highest > 0.5 else (0, *linear_ticks(highest / 2, highest, 2)[-1:])
+    y = Axis(0, 1.12 * highest, ticks, format=lambda share: f"{plain(round(100 * share, 1))}%")
     said = ", ".join(f"{percent(share)} after {_after(at)}" for at, share in steps) or "no share"
     stood = "; ".join(f"{_MARKS[kind].split(':')[0]} for {_after(until - at)}" for kind, at, until in spans)
     chart = Chart(f"Share of version {rollout.canary} over time: {said}{'; ' + stood if stood else ''}.", x, y, 84,

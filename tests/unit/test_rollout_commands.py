@@ -262,7 +262,9 @@ def test_a_rollout_is_steered_by_hand(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line["command"] for line in read_json_lines(tmp_path / COMMANDS_FILE)] == ["pause", "resume", "approve"]
     endcap("rollout", "promote", tmp_path)
     assert "promoted already" in capsys.readouterr().out
-    for command in ("pause", "resume", "approve"):
+    endcap("rollout", "approve", tmp_path)
+    assert "approved already" in capsys.readouterr().out
+    for command in ("pause", "resume"):
         with pytest.raises(InputError, match="has ended: promoted"):
             endcap("rollout", command, tmp_path)
     with pytest.raises(InputError, match="was promoted and serves"):

@@ -54,7 +54,8 @@ def measure(*, looks: int, late: int, seed: int) -> Cost:
     with_intervals, _, _, _ = _fold(looks, looks, seed, intervals=True)
     return Cost(
         looks, float(np.median(timed)), min(float(np.quantile(batch, 0.99)) for batch in batches),
-        float(np.quantile(timed, 0.99)), float(np.quantile(decisions, 0.99)), float(np.median(with_intervals)), float(np.quantile(with_intervals, 0.99)),
+        float(np.quantile(timed, 0.99)), float(np.quantile(decisions, 0.99)),
+        float(np.median(with_intervals)), float(np.quantile(with_intervals, 0.99)),
         100, early_bytes, late, late_bytes,
     )  # fmt: skip
 

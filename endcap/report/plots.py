@@ -301,16 +301,17 @@ def course(run: Run, rollout: Rollout) -> Course | None:
     spans = _standstills(rollout)
     if not steps and not spans:
         return None
-    start, end = rollout.started_at_s, _length(rollout)
-    last = 1.0 if rollout.verdict == "promoted" else 0.0
+    end = _length(rollout)
+    decided = next((d.at_s - rollout.started_at_s for d in rollout.decisions if d.outcome is not None), None)
     times, shares = [0.0, *(at for at, _ in steps)], [0.0, *(share for _, share in steps)]
-    if rollout.verdict is not None:
-        times.append(end)
-        shares.append(last)
+    if decided is not None and rollout.verdict != "promoted":
+        times.append(decided)
+        shares.append(0.0)
     x = _time_axis(end)
     highest = max([0.05, *shares])
-    ticks = (0, 0.5, 1) if highest > 0.5 else (0, *linear_ticks(highest / 2, highest, 2)[-1:])
-    y = Axis(0, 1.12 * highest, ticks, format=lambda share: f"{plain(round(100 * share, 1))}%")
+    # What comes scatters about a small share more than about a great one.
+    ticks, top = ((0, 0.5, 1), 1.12) if highest > 0.5 else ((0, highest), 1.8 * highest)
+    y = Axis(0, top, ticks, format=lambda share: f"{plain(round(100 * share, 1))}%")
     said = ", ".join(f"{percent(share)} after {_after(at)}" for at, share in steps) or "no share"
     stood = "; ".join(f"{_MARKS[kind].split(':')[0]} for {_after(until - at)}" for kind, at, until in spans)
     chart = Chart(f"Share of version {rollout.canary} over time: {said}{'; ' + stood if stood else ''}.", x, y, 84,
@@ -322,9 +323,8 @@ def course(run: Run, rollout: Rollout) -> Course | None:
     if came is not None:
         chart.dots(*came, f"came {tone}")
     chart.line([*times, end], [*shares, shares[-1]], f"strong {tone}", step=True)
-    decided = next((d for d in rollout.decisions if d.outcome is not None), None)
     if decided is not None:
-        chart.vline(decided.at_s - start, "moment")
+        chart.vline(decided, "moment")
     kinds = dict.fromkeys(kind for kind, _, _ in spans)
     return Course(chart.html(), tuple((kind, _MARKS[kind]) for kind in kinds))
 

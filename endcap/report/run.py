@@ -42,7 +42,7 @@ __all__ = [
 
 _NO_END = 1000
 """An end of a group of history lengths that no history reaches."""
-_MOST_LOOKS = 4000
+_MOST_LOOKS = 1000
 """Kept of each rollout's looks that changed nothing; of more, an even part."""
 Verdict = Literal["promoted", "rolled_back", "refused", "held", "aborted"]
 Floats = NDArray[np.float64]

@@ -17,7 +17,7 @@ from endcap.outcomes import judge_requests
 from endcap.records import TargetEvent, read_requests
 from endcap.report import build
 from endcap.report.page import SECTIONS, metric
-from endcap.report.run import shares_set
+from endcap.report.run import read_run, shares_set
 from tests.run_folder import EXPECTED, OBJECTIVES, make_run_folder, write_offline
 
 SUMMARY_KEYS = {
@@ -269,6 +269,39 @@ def test_a_rollout_that_was_cut_off(folder: Path) -> None:
     summary = build(folder)
     assert summary.reasons == ("The rollout of version 3 did not end",)
     assert summary.rollouts[1].seconds is None
+
+
+# ---- rollouts ----------------------------------------------------------------------------------------
+
+
+def test_what_the_evidence_did_not_decide_is_counted_apart(folder: Path) -> None:
+    build(folder)
+    tallied = "Promoted 1 Rolled back 3 Held, inconclusive 0 Refused 1 Aborted 1"
+    assert tallied in _Seen(page_of(folder)).text
+
+
+def test_a_rollout_s_share_is_plotted_with_its_holds_and_pauses(folder: Path) -> None:
+    build(folder)
+    labels = [str(attributes.get("aria-label")) for _, attributes in _Seen(page_of(folder)).tags]
+    (promoted,) = [label for label in labels if label.startswith("Share of version 2 over time")]
+    assert "5 % after 6 s, 25 % after 24 s, 50 % after 40 s, 100 % after 54 s" in promoted
+    assert (
+        "copies of requests only, before any traffic for 5.8 s; paused by a person for 5 s; waits for 3 s" in promoted
+    )
+    (held,) = [label for label in labels if label.startswith("Share of version 4 over time")]
+    assert "held for" in held
+    assert not any(label.startswith("Share of version tampered") for label in labels)
+
+
+def test_of_a_rollout_of_weeks_as_many_looks_are_read_as_a_plot_can_show(folder: Path) -> None:
+    path = folder / "rollouts/02-3/decisions.jsonl"
+    lines = path.read_text().splitlines()
+    look = next(line for line in lines if json.loads(line)["action"] == "look")
+    path.write_text("\n".join([*lines[:-2], *[look] * 20_001, *lines[-2:]]) + "\n")
+    rollout = read_run(folder).rollouts[1]
+    assert 1000 <= len(rollout.decisions) <= 2100
+    assert rollout.decisions[0].action == "start"
+    assert [decision.action for decision in rollout.decisions[-2:]] == ["returning", "end"]
 
 
 # ---- missing parts -----------------------------------------------------------------------------------

@@ -77,7 +77,10 @@ def start(
     console = Console(json_output=json_output)
     spec, running = load_rollout(file), open_target(target)
     declared = load_objectives(objectives or _objectives_of(running))
-    spec.judged(declared)  # what does not fit is said before anything is fetched
+    try:
+        spec.judged(declared)  # what does not fit is said before anything is fetched
+    except InputError as error:
+        raise InputError(error.what, where=error.where or file, next_step=error.next_step) from error
     if package is not None:
         candidate = ModelVersion(label, package.absolute())
     else:
@@ -172,15 +175,18 @@ def history(
         rows = [_history_row(line) for line in lines]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(f"a line is damaged ({error!r})", where=path) from error
-    console.table(["seq", "at (UTC)", "step", "share", "what happened", "then", "evidence", "reason"], rows)
+    console.table(["seq", "at (UTC)", "step", "share", "what happened", "then", "evidence, points", "reason"], rows)
     console.result(lines)
 
 
 def _history_row(line: Mapping[str, Any]) -> tuple[object, ...]:
+    from endcap.cli.standing import evidence_lines
+
     at = datetime.fromtimestamp(float(line["at_s"]), UTC).strftime("%m-%d %H:%M:%S")
     share = None if line["share"] is None else f"{line['share']:.0%}"
     reason = line["reason"] if line["waiting"] is None else f"waits: {line['waiting']}"
-    return (line["seq"], at, line["step"], share, _event(line["event"]), line["action"], line["verdict"], reason)
+    evidence = evidence_lines(line["evidence"])
+    return (line["seq"], at, line["step"], share, _event(line["event"]), line["action"], evidence, reason)
 
 
 def _event(event: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from serving.rollout.declared import Declared, read_declared
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import DECISIONS_FILE
 
-__all__ = ["Standing", "read_standing", "said"]
+__all__ = ["Standing", "evidence_lines", "read_standing", "said"]
 
 REACH = 0.25
 """How far the evidence's intervals reach to either side."""
@@ -133,8 +133,11 @@ class Standing:
         received = event.get("received") if isinstance(event, dict) else None
         if not isinstance(received, dict):
             return words
-        attempts = int(received["canary_attempts"]) - self.state.step_from.canary_attempts
-        return f"{max(0, attempts):,} of at least {step.min_requests:,} requests; {words}"
+        since = self.state.step_from
+        attempts = max(0, int(received["canary_attempts"]) - since.canary_attempts)
+        canary, requests = int(received["canary_requests"]) - since.canary_requests, int(received["requests"])
+        came = f", {canary / (requests - since.requests):.1%} of all" if requests > since.requests else ""
+        return f"{attempts:,} of at least {step.min_requests:,} requests came{came}; {words}"
 
     @property
     def change(self) -> str:
@@ -204,7 +207,7 @@ def _row(name: str, seen: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _interval(low: float | None, high: float | None) -> str | None:
-    """An end at the evidence's reach is open: nothing beyond it was ruled out."""
+    """Of a difference, in points. An end at the evidence's reach is open: nothing beyond it was ruled out."""
     if low is None or high is None or (low <= -REACH and high >= REACH):
         return None
     if low <= -REACH:
@@ -212,13 +215,24 @@ def _interval(low: float | None, high: float | None) -> str | None:
     return f">{_points(low)}" if high >= REACH else f"{_points(low)}..{_points(high)}"
 
 
+def evidence_lines(evidence: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What a decision stood on, a line an objective: verdict, canary less control in points, the interval."""
+    lines = []
+    for name, seen in evidence.items():
+        if seen.get("difference") is None:
+            continue
+        figures = (_points(seen.get("difference")), _interval(seen.get("low"), seen.get("high")))
+        lines.append(" ".join([name, str(seen.get("verdict")), *(figure for figure in figures if figure is not None)]))
+    return "\n".join(lines) or None
+
+
 def _lift(seen: Mapping[str, Any]) -> str | None:
     lift = seen.get("lift")
     if not isinstance(lift, dict) or lift.get("value") is None:
         return None
     low, high = lift.get("low"), lift.get("high")
-    interval = "" if low is None or high is None else f", interval {low:+.1%} to {high:+.1%}"
-    return f"lift {lift['value']:+.1%}{interval}"
+    reaches = "" if low is None or high is None else f", interval {low:+.1%} to {high:+.1%}"
+    return f"lift {lift['value']:+.1%}{reaches}"
 
 
 def _counts(counts: Any) -> str | None:

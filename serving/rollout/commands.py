@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from endcap.errors import BusyError, InputError
+from endcap.errors import BusyError, InputError, StateError
 from endcap.files import FolderLock, JsonLines
 from serving.rollout.events import Command, Commanded
 from serving.rollout.spec import RolloutSpec
@@ -62,6 +62,9 @@ def ask(
                          next_step="for another one give endcap rollout start another --folder")  # fmt: skip
     with _writing(folder, wait_s=wait_s):
         asked = read_commands(folder)
+        if len(asked) < state.commands:  # what is asked now would have a number that was taken up already
+            raise StateError(f"{state.commands} commands were taken up, and {len(asked)} are left",
+                             where=folder / COMMANDS_FILE, next_step="restore the file")  # fmt: skip
         waiting = [known for known in asked if known.number > state.commands]
         if waiting and _same(waiting[-1], command, step):
             return waiting[-1].number

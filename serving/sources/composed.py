@@ -82,7 +82,7 @@ class Sources:
         self._sources: dict[str, Source] = {}
         asked = _asked(objectives)
         if "prometheus" in asked:
-            given = _given(prometheus, asked["prometheus"], "Prometheus", "name its URL (--prometheus)")
+            given = _given(prometheus, asked["prometheus"], "Prometheus", "name its URL: spec.prometheus.url")
             source = PrometheusSource(given, objectives, state=kept.get("prometheus"), counts=counts)
             self._sources["prometheus"] = Paced(source, every_s=given.every_s, clock=clock)
         if "metrics" in asked:

@@ -143,6 +143,14 @@ def test_people_who_ask_at_once_are_all_heard(cut_off: tuple[Path, SimulatedTarg
     assert len(list(read_json_lines(folder / COMMANDS_FILE))) == 8
 
 
+def test_commands_that_are_gone_are_no_fresh_start(cut_off: tuple[Path, SimulatedTarget]) -> None:
+    folder, _ = cut_off
+    state = json.loads((folder / STATE_FILE).read_text())
+    (folder / STATE_FILE).write_text(json.dumps(state | {"commands": 2}))
+    with pytest.raises(StateError, match="2 commands were taken up, and 0 are left"):
+        ask(folder, Command.PAUSE, by="ann")
+
+
 def test_a_writer_that_hangs_is_named_and_waited_for_no_longer(cut_off: tuple[Path, SimulatedTarget]) -> None:
     folder, _ = cut_off
     with FolderLock(folder, name=".commands.lock"), pytest.raises(BusyError, match="in use by process"):

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from endcap.cli.main import app
+from endcap.cli.rolling import _Counted
 from endcap.cli.standing import read_standing
-from endcap.errors import BusyError, EndcapError, InputError, OutcomeError, StateError, TargetError
+from endcap.errors import BusyError, EndcapError, InputError, OutcomeError, SourceError, StateError, TargetError
+from endcap.evidence import Counts
 from endcap.files import FolderLock, read_json_lines
 from endcap.objectives import load_objectives
 from serving.rollout.commands import ask, engine_runs, step_waiting
@@ -26,6 +28,7 @@ from serving.rollout.events import Command
 from serving.rollout.spec import RolloutSpec, Step, load_rollout
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import COMMANDS_FILE, DECISIONS_FILE, STATE_FILE, RolloutStore, load_state
+from serving.sources import Reading
 from tests.simulated import CANARY, OBJECTIVES, SPEC, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 PACKAGES = {"1": Path("one"), "2": Path("two")}
@@ -391,6 +394,75 @@ def test_an_abort_whose_target_is_gone_is_kept(
     with pytest.raises(TargetError, match="the abort is kept"):
         endcap("rollout", "abort", folder)
     assert roll(folder, target).outcome is Outcome.ABORTED
+
+
+# ---- what it is started with ----
+
+
+@pytest.fixture
+def files(tmp_path: Path, local: Local) -> Path:
+    """A rollout document and objectives; the target was started with none."""
+    local.folder.mkdir()
+    documents = DOCUMENTS.split("  - name: basket")[0]
+    (tmp_path / "objectives.yaml").write_text(documents)
+    (tmp_path / "rollout.yaml").write_text(ROLLOUT)
+    return tmp_path
+
+
+def begin_with(files: Path, *arguments: object) -> None:
+    endcap("rollout", "start", files / "rollout.yaml", "--package", files, "--label", "2", *arguments)
+
+
+def test_a_start_without_objectives_takes_the_target_s_or_says_that_it_has_none(files: Path, local: Local) -> None:
+    with pytest.raises(InputError, match="no objectives were given, and the target was started with none"):
+        begin_with(files)
+    (local.folder / "objectives.yaml").write_text(DOCUMENTS.replace("name: shop", "name: stall", 1))
+    with pytest.raises(InputError, match=r"asks for objectives 'shop'; these are 'stall'") as caught:
+        begin_with(files)
+    assert caught.value.where == str(files / "rollout.yaml")
+
+
+def test_one_rollout_a_service_at_a_time(files: Path, local: Local) -> None:
+    with (
+        FolderLock(local.folder, name=".rollout-shop.lock"),
+        pytest.raises(BusyError, match="a rollout of shop runs here already"),
+    ):
+        begin_with(files, "--objectives", files / "objectives.yaml", "--folder", files / "other")
+    assert not (files / "other").exists()
+
+
+def test_an_address_for_notices_that_is_none_is_said_before_anything_begins(
+    files: Path, local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENDCAP_WEBHOOK_URL", "hooks.example/s3cr3t")
+    with pytest.raises(InputError, match="ENDCAP_WEBHOOK_URL") as caught:
+        begin_with(files, "--objectives", files / "objectives.yaml", "--folder", files / "other")
+    assert "s3cr3t" not in str(caught.value)
+    assert not (files / "other").exists()
+
+
+def test_objectives_that_are_counted_elsewhere_need_an_address(files: Path, local: Local) -> None:
+    (files / "objectives.yaml").write_text(DOCUMENTS)
+    (files / "rollout.yaml").write_text("\n".join(ROLLOUT.splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match="'basket' is counted by Prometheus"):
+        begin_with(files, "--objectives", files / "objectives.yaml", "--folder", files / "other")
+
+
+def test_a_source_that_counted_nothing_says_why_and_one_that_counted_some_counts() -> None:
+    class Read:
+        reading = Reading({}, {"prometheus": "HTTP 500"})
+
+        def read(self, now_s: float) -> Reading:
+            return self.reading
+
+    sources = Read()
+    counted = _Counted(sources)  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="prometheus: HTTP 500"):
+        counted.read(1.0)
+    sources.reading = Reading({"basket": {"2": Counts(1, 2)}}, {"other": "no samples"})
+    assert counted.read(1.0) == {"basket": {"2": Counts(1, 2)}}
+    sources.reading = Reading({}, {})
+    assert counted.read(1.0) == {}
 
 
 # ---- reading ----

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from endcap.errors import InputError
 from endcap.package import Manifest, Task, TensorSpec, Variant
-from serving.server import oip
+from serving.server import oip, tensors
 
 
 def manifest(datatype: Any = "INT64", shape: tuple[int, ...] = (-1, -1)) -> Manifest:
@@ -77,8 +77,9 @@ def test_every_datatype_is_read_exactly(data: st.DataObject) -> None:
         ({"shape": [-1, 4]}, "inputs.0.shape"),
         ({"shape": [2.0, 2]}, "inputs.0.shape"),
         ({"shape": None}, "inputs.0.shape"),
-        ({"shape": [2, 3]}, "inputs.0.data"),
-        ({"shape": [2**30, 2**30]}, "inputs.0.data"),
+        ({"shape": [2, 3]}, "inputs.0.data.0"),
+        ({"shape": [2**30, 2**30], "data": [1, 2, 3, 4]}, "inputs.0.data"),
+        ({"shape": [2] * 100}, "inputs.0.shape"),
         ({"data": None}, "inputs.0.data"),
         ({"data": [1, 2, 3, True]}, "inputs.0.data"),
         ({"data": [1, 2, 3, "4"]}, "inputs.0.data"),
@@ -86,7 +87,12 @@ def test_every_datatype_is_read_exactly(data: st.DataObject) -> None:
         ({"data": [1, 2, 3, 2**63]}, "inputs.0.data"),
         ({"data": [[1, 2], 3, 4]}, "inputs.0.data"),
         ({"data": [1, [2], 3, 4]}, "inputs.0.data"),
-        ({"parameters": {"binary_data_size": 16}}, "inputs.0"),
+        ({"data": [[1], [2, 3, 4]]}, "inputs.0.data.0"),
+        ({"data": [[1, 2], [3]]}, "inputs.0.data.1"),
+        ({"data": [[1, 2], [3, 4], [5, 6]]}, "inputs.0.data"),
+        ({"data": [[[1], [2]], [[3], [4]]]}, "inputs.0.data"),
+        ({"parameters": 7}, "inputs.0.parameters"),
+        ({"parameters": {"binary_data_size": 16}}, "inputs.0.parameters.binary_data_size"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(change: dict[str, Any], where: str) -> None:
@@ -119,8 +125,146 @@ def test_the_same_input_twice_and_deep_nesting_are_refused() -> None:
     deep: Any = [1]
     for _ in range(50):
         deep = [deep]
-    with pytest.raises(InputError, match="nested"):
+    with pytest.raises(InputError, match="shape says"):
         parse(tensor(data=deep))
+    with pytest.raises(InputError, match="nested"):
+        parse(tensor(shape=[1, 1], data=[[deep]]))
+    with pytest.raises(InputError, match="depth limit") as caught:
+        oip.parse_infer(b'{"inputs": ' + b"[" * 5000 + b"]" * 5000 + b"}", manifest())
+    assert caught.value.where == "body"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "1e39"])
+def test_a_number_that_is_not_finite_is_refused(number: str) -> None:
+    tensor = f'{{"inputs": [{{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, {number}]}}]}}'
+    with pytest.raises(InputError) as caught:
+        oip.parse_infer(tensor.encode(), manifest("FP32"))
+    assert caught.value.where in ("body", "inputs.0.data")
+
+
+BINARY = st.sampled_from(sorted(set(tensors.NUMPY) - {"BYTES"}))
+
+
+def binary(raw: bytes, datatype: str, shape: list[int], **more: Any) -> tuple[bytes, int]:
+    described = {"name": "x", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": len(raw)}}
+    text = orjson.dumps({"inputs": [described | more]})
+    return text + raw, len(text)
+
+
+def typed(datatype: str) -> Manifest:
+    """Also of datatypes that no package has yet."""
+    spec = TensorSpec.model_construct(name="x", datatype=datatype, shape=(-1, -1))
+    return manifest().model_copy(update={"inputs": (spec,), "outputs": (spec,)})
+
+
+@given(datatype=BINARY, rows=st.integers(0, 3), length=st.integers(0, 3), data=st.data())
+def test_raw_tensors_come_and_go_exactly(datatype: str, rows: int, length: int, data: st.DataObject) -> None:
+    dtype = tensors.NUMPY[datatype]
+    raw = data.draw(st.binary(min_size=rows * length * dtype.itemsize, max_size=rows * length * dtype.itemsize))
+    body, size = binary(raw, datatype, [rows, length])
+    try:
+        array = oip.parse_infer(body, typed(datatype), size).inputs["x"]
+    except InputError as error:
+        assert datatype[0] in "FB", "of whole numbers all bytes are values"
+        assert error.where == "inputs.0.parameters.binary_data_size"
+        return
+    assert (array.shape, array.dtype, array.flags.aligned) == ((rows, length), dtype, True)
+    assert np.isfinite(array.astype(float)).all()
+    asked = oip.InferRequest("q", {}, None, frozenset({"x"}))
+    answer, json_bytes = oip.split_answer(asked, {"x": array}, typed(datatype), version="1")
+    assert answer[json_bytes:] == raw
+    assert orjson.loads(answer[:json_bytes])["outputs"] == [
+        {"name": "x", "datatype": datatype, "shape": [rows, length], "parameters": {"binary_data_size": len(raw)}}
+    ]
+
+
+@given(st.lists(st.text(max_size=4), min_size=1, max_size=4))
+def test_strings_come_and_go_raw_and_as_json(values: list[str]) -> None:
+    shape = [1, len(values)]
+    spec = typed("BYTES").inputs[0]
+    raw = tensors.to_raw(np.array(values, object), spec)
+    body, size = binary(raw, "BYTES", shape)
+    as_json = orjson.dumps({"inputs": [tensor(datatype="BYTES", shape=shape, data=values)]})
+    for array in (
+        oip.parse_infer(body, typed("BYTES"), size).inputs["x"],
+        oip.parse_infer(as_json, typed("BYTES")).inputs["x"],
+    ):
+        assert array.tolist() == [values]
+        plain = oip.InferRequest(None, {}, None)
+        assert orjson.loads(oip.format_answer(plain, {"x": array}, typed("BYTES"), version="1"))["outputs"][0][
+            "data"
+        ] == list(values)
+
+
+@pytest.mark.parametrize(
+    ("raw", "datatype", "shape"),
+    [
+        (b"\0" * 15, "INT64", [1, 2]),
+        (b"\0" * 17, "INT64", [1, 2]),
+        (b"", "INT64", [2**30, 2**30]),
+        (b"\0", "BYTES", [2**30, 2**30]),
+        (b"\2", "BOOL", [1, 1]),
+        (np.array([np.nan], "<f4").tobytes(), "FP32", [1, 1]),
+        (np.array([-np.inf], "<f2").tobytes(), "FP16", [1, 1]),
+        (b"\1\0\0\0\xff", "BYTES", [1, 1]),
+        (b"\xff\xff\xff\xffab", "BYTES", [1, 1]),
+        (b"\1\0\0\0ab", "BYTES", [1, 1]),
+        (b"\5\0\0\0abcde\1", "BYTES", [1, 2]),
+    ],
+)
+def test_raw_bytes_that_are_no_such_tensor_are_refused(raw: bytes, datatype: str, shape: list[int]) -> None:
+    body, size = binary(raw, datatype, shape)
+    with pytest.raises(InputError) as caught:
+        oip.parse_infer(body, typed(datatype), size)
+    assert caught.value.where == "inputs.0.parameters.binary_data_size"
+
+
+@pytest.mark.parametrize(
+    ("body", "size", "where"),
+    [
+        (b"{}", 3, "Inference-Header-Content-Length"),
+        (binary(b"\0" * 8, "INT64", [1, 1])[0], 5, "body"),
+        (binary(b"\0" * 8, "INT64", [1, 1])[0] + b"x", binary(b"\0" * 8, "INT64", [1, 1])[1], "body"),
+        (*binary(b"\0" * 8, "INT64", [1, 1], data=[1]), "inputs.0.parameters.binary_data_size"),
+        (*binary(b"", "INT64", [1, 1], parameters={"binary_data_size": 2**60}), "inputs.0.parameters.binary_data_size"),
+        (*binary(b"", "INT64", [1, 1], parameters={"binary_data_size": -1}), "inputs.0.parameters.binary_data_size"),
+        (*binary(b"", "INT64", [1, 1], parameters={"binary_data_size": True}), "inputs.0.parameters.binary_data_size"),
+    ],
+)
+def test_lengths_that_do_not_agree_are_refused(body: bytes, size: int, where: str) -> None:
+    with pytest.raises(InputError) as caught:
+        oip.parse_infer(body, manifest(), size)
+    assert caught.value.where == where
+
+
+def test_the_length_of_the_json_is_read_from_its_header() -> None:
+    assert oip.header_length([(b"a", b"1")]) is None
+    assert oip.header_length([(b"inference-header-content-length", b"12")]) == 12
+    for value in (b"", b"-1", b"1.0", b"9" * 50):
+        with pytest.raises(InputError, match="Inference-Header-Content-Length"):
+            oip.header_length([(b"inference-header-content-length", value)])
+
+
+def test_each_output_may_be_raw_or_json() -> None:
+    values = {"items": np.array([[1, 2]]), "scores": np.array([[0.5, -np.inf]], np.float32)}
+
+    def answer(**more: Any) -> tuple[list[Any], bytes, int | None]:
+        body, size = oip.split_answer(parse(tensor(), **more), values, manifest(), version="3")
+        return orjson.loads(body[:size])["outputs"], body[size:] if size else b"", size
+
+    described, raw, _ = answer(parameters={"binary_data_output": True})
+    assert [output["parameters"]["binary_data_size"] for output in described] == [16, 8]
+    assert raw == values["items"].tobytes() + values["scores"].tobytes()
+    described, raw, _ = answer(outputs=[{"name": "scores", "parameters": {"binary_data": True}}, {"name": "items"}])
+    assert (described[0]["data"], raw) == ([1, 2], values["scores"].tobytes())
+    described, raw, size = answer(
+        parameters={"binary_data_output": True}, outputs=[{"name": "items", "parameters": {"binary_data": False}}]
+    )
+    assert (described[0]["data"], raw, size) == ([1, 2], b"", None)
+    described, _, size = answer()
+    assert (described[1]["data"], size) == ([0.5, None], None)
+    with pytest.raises(InputError, match="true or false"):
+        answer(parameters={"binary_data_output": 1})
 
 
 @pytest.mark.parametrize("outputs", [[{"name": "nope"}], ["items"], {"name": "items"}, 7, [{"name": ["items"]}]])

@@ -14,7 +14,8 @@ sending and its end (the target's log of shares says so): a version that stalls 
 Those are reported apart, ``candidate_failures``.
 
 ``local.json`` is written after each rollout. Killed, the benchmark leaves its target running, and the same command goes
-on with the next rollout; where the target is gone it starts anew.
+on with the rollout that was under way; where the target is gone it starts anew. A target that nobody goes on with is
+ended by ``endcap serve down --target DIR/local/target``.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def bench(out: Path, only: Sequence[str], *, runs: int, seed: int) -> list[str]:
         _say(f"seed {seed}, {runs:,} runs a scenario")
         for name in only:
             started, cpu = time.monotonic(), time.process_time()
-            document |= PARTS[name](runs, seed, _say)
+            document |= PARTS[name](_Asked(out, runs, seed))
             taken = {"seconds": round(time.monotonic() - started, 1), "cpu_s": round(time.process_time() - cpu, 1),
                      "runs": runs, "seed": seed, "at_s": round(time.time())}  # fmt: skip
             document["parts"] = {**document.get("parts", {}), name: taken}
@@ -81,24 +82,50 @@ def _replayed(document: Mapping[str, Any]) -> int:
     return sum(int(count) for name, count in document.items() if name.endswith("_replayed"))
 
 
-def _crash(runs: int, seed: int, say: parts.Say) -> parts.Part:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    out: Path
+    runs: int
+    seed: int
+
+
+def _simulated(part: Callable[[int, int, parts.Say], parts.Part]) -> Callable[[_Asked], parts.Part]:
+    return lambda asked: part(asked.runs, asked.seed, _say)
+
+
+def _crash(asked: _Asked) -> parts.Part:
     """Every write and every call to a target is a point at which the engine is killed: enumerated, nothing is drawn."""
     from benchmarks.rollout.crash import crash_points
 
     with tempfile.TemporaryDirectory(prefix="endcap-crash-") as folder:
         result = crash_points(Path(folder))
-    say(f"crash points: {result.right} of {result.tried} ended right")
+    _say(f"crash points: {result.right} of {result.tried} ended right")
     return {"crash_points": {"tried": result.tried, "right": result.right}, "crash_wrong": list(result.wrong)}
 
 
-PARTS: Mapping[str, Callable[[int, int, parts.Say], parts.Part]] = {
-    "aa": parts.false_rollbacks,
-    "detection": parts.finding,
-    "failing": parts.sudden_failure,
-    "look": parts.looks,
+def _local(asked: _Asked) -> parts.Part:
+    """A real Envoy, real servers and real load; its own records are in local.json beside."""
+    from benchmarks.rollout.local import local_rollouts
+
+    result = local_rollouts(asked.out, seed=asked.seed, say=_say)
+    _say(f"local: {result.right} of {result.rollouts} rollouts right")
+    return {
+        "local": {
+            "rollouts": result.rollouts, "right": result.right, "requests": result.requests,
+            "failed_requests": result.failed_requests,
+        }
+    }  # fmt: skip
+
+
+PARTS: Mapping[str, Callable[[_Asked], parts.Part]] = {
+    "aa": _simulated(parts.false_rollbacks),
+    "detection": _simulated(parts.finding),
+    "failing": _simulated(parts.sudden_failure),
+    "look": _simulated(parts.looks),
     "crash": _crash,
+    "local": _local,
 }
-"""What can be measured, in this order: each takes the runs, the seed and where to say how it goes."""
+"""What can be measured, in this order; each returns its keys of ``rollout.json``."""
 
 
 def _say(text: str) -> None:

@@ -2,13 +2,20 @@
 
 A token is ``base64url(payload || HMAC-SHA-256(key, payload))``; the payload is, in network byte order::
 
-    1 byte   format, now 1
+    1 byte   format: 1, or 2, which names its key
+    1 byte   (format 2 only) key id: one byte of a BLAKE2b of the key, so that only the right key need be tried
     16 bytes impression id (random)
     8 bytes  time of issue, microseconds since the Unix epoch
     8 bytes  shopper hash (keyed BLAKE2b: equal shoppers match, nobody without the key can tell who they are)
     1..64    label of the model version, ASCII
 
-So it is at most 172 characters. Nothing in it is secret to the shopper who carries it, and nothing can be changed.
+So it is at most 174 characters. Nothing in it is secret to the shopper who carries it, and nothing can be changed.
+
+A key file holds one key or, while keys are changed, several: a line of hex each, newest first; ``#`` begins a comment.
+The first signs, all verify. With one key tokens are of format 1, which earlier releases read too. The last key makes
+the shopper hashes, so that a shopper stays the same one while keys are changed; taking it away makes all shoppers new
+ones, so do that between rollouts. To change a key that several machines hold: add the new one below the old on all of
+them, then put it first, and take the old one away when its last impression's window has closed.
 """
 
 from __future__ import annotations
@@ -20,17 +27,23 @@ import hmac
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from endcap.errors import InputError, from_os_error
 from endcap.files import write_atomic
+from serving.watched import Watched
 
-__all__ = ["MAX_TOKEN_CHARS", "Impression", "ensure_key", "id_in_clear", "mint", "read", "read_key"]
+__all__ = [
+    "MAX_KEYS", "MAX_TOKEN_CHARS", "Impression", "Keys", "ensure_key", "id_in_clear", "mint", "read", "read_key",
+    "read_keys", "watched_keys",
+]  # fmt: skip
 
 MAX_TOKEN_CHARS = 300
-_FORMAT = 1
+MAX_KEYS = 8
+_MAX_KEY_FILE_BYTES = 16384
 _HEAD = struct.Struct("!B16sQ8s")
+_HEAD_OF_KEY = struct.Struct("!BB16sQ8s")
 _MAC_BYTES = 32
 _KEY_BYTES = 32
 _VERSION = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -46,21 +59,45 @@ class Impression:
     issued_at_s: float
 
 
-def mint(key: bytes, *, version: str, shopper: str, now_s: float) -> tuple[str, str]:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of a key file, newest first: 1 to :data:`MAX_KEYS`, each of 32 bytes. Never shown."""
+
+    every: tuple[bytes, ...] = field(repr=False)
+    ids: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", b"".join(map(_key_id, self.every)))
+
+    @property
+    def newest(self) -> bytes:
+        """The key that signs."""
+        return self.every[0]
+
+
+def mint(key: bytes | Keys, *, version: str, shopper: str, now_s: float) -> tuple[str, str]:
     """A new impression: (its id, its token)."""
     if _VERSION.fullmatch(version) is None:
         raise InputError("a version label is 1 to 64 letters, digits, dots, dashes or underscores", where=version)
+    keys = key if isinstance(key, Keys) else Keys((key,))
     identity = os.urandom(16)
-    shopper_hash = hashlib.blake2b(shopper.encode("utf-8", "surrogatepass"), key=key, digest_size=8).digest()
-    payload = _HEAD.pack(_FORMAT, identity, round(now_s * 1e6), shopper_hash) + version.encode()
-    return identity.hex(), _encode(payload + hmac.digest(key, payload, "sha256"))
+    shopper_hash = hashlib.blake2b(
+        shopper.encode("utf-8", "surrogatepass"), key=keys.every[-1], digest_size=8
+    ).digest()  # fmt: skip
+    issued_at_us = round(now_s * 1e6)
+    if len(keys.every) == 1:
+        head = _HEAD.pack(1, identity, issued_at_us, shopper_hash)
+    else:
+        head = _HEAD_OF_KEY.pack(2, keys.ids[0], identity, issued_at_us, shopper_hash)
+    payload = head + version.encode()
+    return identity.hex(), _encode(payload + hmac.digest(keys.newest, payload, "sha256"))
 
 
-def read(key: bytes, token: str) -> Impression:
+def read(key: bytes | Keys, token: str) -> Impression:
     """The impression that a token stands for.
 
     Raises:
-        InputError: not a token, or not one that was made with ``key``.
+        InputError: not a token, or not one that was made with ``key``, or one of them.
     """
     if len(token) > MAX_TOKEN_CHARS or not token.isascii():
         raise InputError("not an impression token")
@@ -71,14 +108,34 @@ def read(key: bytes, token: str) -> Impression:
     if _encode(raw) != token:  # base64 has several spellings of the same bytes; a token has one
         raise InputError("not an impression token")
     payload, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-    if len(payload) <= _HEAD.size or not hmac.compare_digest(mac, hmac.digest(key, payload, "sha256")):
+    if len(payload) <= _HEAD.size or not _made_with(key, payload, mac):
         raise InputError("the impression token is forged or damaged")
-    form, identity, issued_at_us, shopper_hash = _HEAD.unpack_from(payload)
-    version = payload[_HEAD.size :].decode("ascii", "replace")
-    if form != _FORMAT or _VERSION.fullmatch(version) is None:
+    if payload[0] == 2 and len(payload) > _HEAD_OF_KEY.size:
+        _, _, identity, issued_at_us, shopper_hash = _HEAD_OF_KEY.unpack_from(payload)
+        label = payload[_HEAD_OF_KEY.size :]
+    else:
+        _, identity, issued_at_us, shopper_hash = _HEAD.unpack_from(payload)
+        label = payload[_HEAD.size :]
+    version = label.decode("ascii", "replace")
+    if payload[0] not in (1, 2) or _VERSION.fullmatch(version) is None:
         raise InputError("an impression token of an unknown format",
                          next_step="run the same release of endcap everywhere")  # fmt: skip
     return Impression(identity.hex(), version, shopper_hash.hex(), issued_at_us / 1e6)
+
+
+def _made_with(key: bytes | Keys, payload: bytes, mac: bytes) -> bool:
+    """Whether one of the keys made ``mac``; of a token that names its key only those that bear the name are tried."""
+    if isinstance(key, bytes):
+        tried: tuple[bytes, ...] = (key,)
+    elif payload[0] == 2:
+        tried = tuple(one for one, name in zip(key.every, key.ids, strict=True) if name == payload[1])
+    else:
+        tried = key.every
+    return any(hmac.compare_digest(mac, hmac.digest(one, payload, "sha256")) for one in tried)
+
+
+def _key_id(key: bytes) -> bytes:
+    return hashlib.blake2b(key, digest_size=1, person=b"endcap key id").digest()
 
 
 def id_in_clear(token: str) -> str | None:
@@ -87,11 +144,12 @@ def id_in_clear(token: str) -> str | None:
     Nothing is verified: good for joining records, never for counting.
     """
     try:
-        raw = base64.b64decode(token[:24], altchars=b"-_", validate=True)  # 18 bytes: the format and the id are 17
-        form, identity = struct.unpack_from("!B16s", raw)
-    except (binascii.Error, ValueError, struct.error):
+        raw = base64.b64decode(token[:24], altchars=b"-_", validate=True)  # 18 bytes: format, key id, id are 17 or 18
+    except (binascii.Error, ValueError):
         return None
-    return identity.hex() if form == _FORMAT else None
+    if len(raw) < 18 or raw[0] not in (1, 2):
+        return None
+    return raw[raw[0] : raw[0] + 16].hex()
 
 
 def _encode(raw: bytes) -> str:
@@ -106,24 +164,56 @@ def ensure_key(path: Path) -> bytes:
 
 
 def read_key(path: Path) -> bytes:
-    """The key in ``path``, 32 bytes.
+    """The newest key in ``path``, 32 bytes. Raises as :func:`read_keys` does."""
+    return read_keys(path).newest
+
+
+def read_keys(path: Path) -> Keys:
+    """All keys in ``path``.
 
     Raises:
         InputError: the file is missing, damaged, or can be read by others.
     """
     try:
         mode = path.stat().st_mode
-        text = path.read_text("ascii").strip()
-        key = bytes.fromhex(text)
+        with path.open("rb") as file:
+            raw = file.read(_MAX_KEY_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError("no impression key", where=path) from error
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
-    except ValueError as error:
-        raise InputError("the impression key is damaged (not hex)", where=path) from error
-    if len(key) != _KEY_BYTES:
-        raise InputError(f"the impression key is damaged (not {_KEY_BYTES} bytes)", where=path)
+    keys = _parse_keys(raw, path)
     if mode & 0o077:
         raise InputError("the impression key can be read by others", where=path,
                          next_step=f"chmod 600 {path}, and think about a new key")  # fmt: skip
-    return key
+    return keys
+
+
+def _parse_keys(raw: bytes, path: Path) -> Keys:
+    if len(raw) > _MAX_KEY_FILE_BYTES:
+        raise InputError(f"the impression key is damaged (more than {_MAX_KEY_FILE_BYTES} bytes)", where=path)
+    found: list[bytes] = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        text = line.partition(b"#")[0].strip()
+        if not text:
+            continue
+        where = path if len(raw.splitlines()) == 1 else f"{path}:{number}"
+        try:
+            key = bytes.fromhex(text.decode("ascii"))
+        except ValueError as error:
+            raise InputError("the impression key is damaged (not hex)", where=where) from error
+        if len(key) != _KEY_BYTES:
+            raise InputError(f"the impression key is damaged (not {_KEY_BYTES} bytes)", where=where,
+                             next_step="one key a line, in hex, newest first")  # fmt: skip
+        if key in found:
+            raise InputError("the impression key is there twice", where=where, next_step="take one of them away")
+        found.append(key)
+    if not 1 <= len(found) <= MAX_KEYS:
+        raise InputError(f"the impression key is damaged ({len(found)} keys)", where=path,
+                         next_step=f"keep 1 to {MAX_KEYS} keys, one a line, in hex, newest first")  # fmt: skip
+    return Keys(tuple(found))
+
+
+def watched_keys(path: Path) -> Watched[Keys]:
+    """The keys in ``path``, now and whenever the file changes. Raises as :func:`read_keys` does."""
+    return Watched(path, read_keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from serving.feedback.app import FeedbackApp, FeedbackMetrics
 from serving.feedback.attribution import to_us
 from serving.feedback.store import FeedbackStore
 from serving.feedback.writer import Writer
+from serving.watched import keep_fresh
 
 log = logging.getLogger("serving.feedback")
 
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not 0 < arguments.window_s <= 30 * 86400:
             raise InputError("--window-s must be above 0 and at most 30 days")
-        key = impressions.read_key(arguments.impression_key)
+        keys = impressions.watched_keys(arguments.impression_key)
         listener = listen(arguments.host, arguments.port)
         store = FeedbackStore(arguments.database, window_us=to_us(arguments.window_s))
     except EndcapError as error:
@@ -48,12 +50,14 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = FeedbackMetrics()
-    app = FeedbackApp(arguments.database, key, metrics)
+    app = FeedbackApp(arguments.database, keys, metrics)
     writers: list[Writer] = []
+    tasks: list[asyncio.Task[None]] = []
 
     def start(server: DrainingServer) -> None:
         writers.append(Writer(store, on_damage=server.fail, on_commit=metrics.committed))
         app.open(writers[0])
+        tasks.append(asyncio.create_task(keep_fresh([keys])))
         log.info("ready: port %d, window %g s, %s", listener.getsockname()[1], arguments.window_s, arguments.database)
 
     code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start).run_on(listener)

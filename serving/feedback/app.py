@@ -18,6 +18,8 @@ from serving.feedback.attribution import Outcome, to_us
 from serving.feedback.events import parse_feedback
 from serving.feedback.store import Evidence, export
 from serving.feedback.writer import Writer
+from serving.impressions import Keys
+from serving.watched import Watched
 
 __all__ = ["FeedbackApp", "FeedbackMetrics"]
 
@@ -57,9 +59,13 @@ class NotReadyError(EndcapError):
 
 
 class FeedbackApp:
-    """ASGI. Answers 503 until :meth:`open` was called."""
+    """ASGI. Answers 503 until :meth:`open` was called.
 
-    def __init__(self, database: Path, key: bytes, metrics: FeedbackMetrics) -> None:
+    Args:
+        key: what verifies impressions; a watched key file is looked at again before an event is refused.
+    """
+
+    def __init__(self, database: Path, key: bytes | Watched[Keys], metrics: FeedbackMetrics) -> None:
         self.draining = False
         self._database = database
         self._key = key
@@ -121,7 +127,10 @@ class FeedbackApp:
         return 404, asgi.error_body(InputError("no such path", where=path))
 
     async def _feedback(self, body: bytes) -> tuple[int, bytes]:
-        events, refused = parse_feedback(body, self._key)
+        key = self._key
+        events, refused = parse_feedback(body, key.value if isinstance(key, Watched) else key)
+        if refused and isinstance(key, Watched) and key.refresh():
+            events, refused = parse_feedback(body, key.value)  # a server may have signed with a key younger than ours
         self._metrics.events["refused"].inc(len(refused))
         answer: dict[str, object] = {
             "accepted": 0, "repeated": 0, "late": 0,

@@ -10,7 +10,7 @@ import orjson
 from endcap.errors import InputError
 from serving import impressions
 from serving.feedback.attribution import EventType
-from serving.impressions import Impression
+from serving.impressions import Impression, Keys
 
 __all__ = ["MAX_EVENTS", "Event", "Refusal", "parse_feedback"]
 
@@ -36,7 +36,7 @@ class Refusal:
     reason: str
 
 
-def parse_feedback(body: bytes, key: bytes) -> tuple[list[Event], list[Refusal]]:
+def parse_feedback(body: bytes, key: bytes | Keys) -> tuple[list[Event], list[Refusal]]:
     """``{"events": [{"impression": token, "type": "shown"|"clicked", "item"?: str, "version"?: str}, ...]}``.
 
     The version that counts is the token's; one that the client names must be the same.
@@ -64,7 +64,7 @@ def parse_feedback(body: bytes, key: bytes) -> tuple[list[Event], list[Refusal]]
     return good, refused
 
 
-def _event(raw: Any, key: bytes) -> Event:
+def _event(raw: Any, key: bytes | Keys) -> Event:
     if type(raw) is not dict:
         raise InputError("an event must be a JSON object")
     kind = _TYPES.get(raw["type"]) if type(raw.get("type")) is str else None

@@ -442,6 +442,23 @@ def send(client: AsgiClient, *events: Any) -> Any:
     return answer.status, answer.json
 
 
+def test_keys_are_changed_under_a_running_collector(client: AsgiClient, tmp_path: Path) -> None:
+    """No event is lost that a server signed with the new key before the collector had looked at the file."""
+    path = tmp_path / "impression.key"
+    path.write_text(KEY.hex())
+    path.chmod(0o600)
+    client.app._key = impressions.watched_keys(path)
+    assert send(client, {"impression": token(), "type": "shown"})[0] == 200
+    path.write_text(f"{KEY[::-1].hex()}\n{KEY.hex()}\n")
+    new = impressions.mint(impressions.read_keys(path), version="2", shopper="7", now_s=9.0)[1]
+    for one in (token(), new):
+        assert send(client, {"impression": one, "type": "shown"})[1]["accepted"] == 1
+    path.write_text(KEY[::-1].hex())
+    client.app._key.refresh()
+    assert send(client, {"impression": new, "type": "clicked"})[1]["accepted"] == 1
+    assert "forged" in send(client, {"impression": token(), "type": "shown"})[1]["refused"][0]["reason"]
+
+
 def test_each_event_is_judged_by_itself(client: AsgiClient) -> None:
     first, old = token(), token(issued_at_s=4.0)
     forged = token(key=KEY[:-1] + b"\x01")

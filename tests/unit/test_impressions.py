@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import stat
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from hypothesis import strategies as st
 
 from endcap.errors import InputError
 from serving import impressions
+from serving.impressions import Keys
 
 KEY = bytes(range(32))
+KEYS = Keys((KEY[::-1], KEY))
+"""A new key above the old one."""
 LABELS = st.text("abcXYZ019._-", min_size=1, max_size=64)
 TIMES = st.floats(0, 4e9)
 
@@ -95,3 +99,97 @@ def test_a_key_that_others_can_read_or_that_is_missing_is_refused(tmp_path: Path
     path.chmod(0o644)
     with pytest.raises(InputError, match="read by others"):
         impressions.read_key(path)
+
+
+# ---- changing keys ---------------------------------------------------------------------------------------------------
+
+
+def key_file(path: Path, *keys: bytes, text: str | None = None) -> Path:
+    path.write_text("".join(f"{key.hex()}\n" for key in keys) if text is None else text)
+    path.chmod(0o600)
+    return path
+
+
+@given(version=LABELS, shopper=st.text(max_size=300), count=st.integers(1, impressions.MAX_KEYS))
+def test_the_newest_key_signs_and_all_verify(version: str, shopper: str, count: int) -> None:
+    keys = Keys(tuple(bytes([number]) * 32 for number in range(count)))
+    identity, token = impressions.mint(keys, version=version, shopper=shopper, now_s=1.0)
+    assert impressions.read(keys, token) == impressions.read(keys.newest, token)
+    assert (impressions.read(keys, token).id, impressions.read(keys, token).version) == (identity, version)
+    assert impressions.id_in_clear(token) == identity
+    _, old = impressions.mint(keys.every[-1], version=version, shopper=shopper, now_s=1.0)
+    assert impressions.read(keys, old).shopper_hash == impressions.read(keys, token).shopper_hash
+
+
+def test_a_token_names_its_key_only_when_there_are_several() -> None:
+    """An earlier release reads the tokens of a single key."""
+    heads = [impressions.mint(keys, version="1", shopper="7", now_s=1.0)[1][:2] for keys in (KEY, Keys((KEY,)), KEYS)]
+    assert [base64.b64decode(head + "==")[0] for head in heads] == [1, 1, 2]
+
+
+def test_a_key_that_was_taken_away_verifies_no_more() -> None:
+    for signing in (Keys((KEY,)), KEYS):
+        _, token = impressions.mint(signing, version="1", shopper="7", now_s=1.0)
+        with pytest.raises(InputError, match="forged"):
+            impressions.read(Keys((b"\x07" * 32, b"\x08" * 32)), token)
+
+
+@given(place=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_one_changed_bit_of_a_token_that_names_its_key_is_refused(place: int, bit: int) -> None:
+    _, token = impressions.mint(KEYS, version="12", shopper="7", now_s=1.5)
+    raw = bytearray(token.encode())
+    raw[place % len(raw)] ^= 1 << bit
+    with pytest.raises(InputError):
+        impressions.read(KEYS, raw.decode("latin-1"))
+
+
+@given(st.one_of(st.text(max_size=400), st.binary(max_size=220).map(lambda raw: raw.hex())))
+def test_any_text_is_refused_by_several_keys_too(text: str) -> None:
+    with pytest.raises(InputError):
+        impressions.read(KEYS, text)
+
+
+def test_a_file_of_several_keys(tmp_path: Path) -> None:
+    text = f"# changed in May\n{KEY[::-1].hex()}  # new\n\n{KEY.hex()}\n"
+    path = key_file(tmp_path / "impression.key", text=text)
+    assert impressions.read_keys(path) == KEYS
+    assert impressions.read_key(path) == impressions.ensure_key(path) == KEY[::-1]
+
+
+def test_keys_are_never_shown() -> None:
+    assert KEY.hex() not in repr(KEYS) and str(KEY) not in repr(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{KEY.hex()}\n{KEY.hex()}\n", "impression.key:2: the impression key is there twice"),
+        (f"{KEY.hex()}\nxx\n", r"impression.key:2: the impression key is damaged \(not hex\)"),
+        (f"{KEY.hex()}\nab\n", "impression.key:2: the impression key is damaged"),
+        ("\n".join(f"{number:064x}" for number in range(9)), "9 keys"),
+        ("# nothing\n", "0 keys"),
+        ("ab" * 20_000, "more than 16384 bytes"),
+    ],
+)
+def test_a_damaged_file_of_keys_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        impressions.read_keys(key_file(tmp_path / "impression.key", text=text))
+
+
+def test_a_key_file_is_read_again_when_it_changes_and_a_damaged_one_changes_nothing(tmp_path: Path) -> None:
+    path = key_file(tmp_path / "impression.key", KEY)
+    keys = impressions.watched_keys(path)
+    assert not keys.refresh()
+    key_file(path, KEY[::-1], KEY)
+    assert keys.refresh() and keys.value == KEYS
+    for damage in ("zz", "", f"{KEY.hex()}\n{KEY.hex()}"):
+        key_file(path, text=damage)
+        assert not keys.refresh() and not keys.refresh()
+    path.unlink()
+    assert not keys.refresh()
+    assert keys.failures == 4 and keys.value == KEYS
+    path.write_text(KEY.hex())
+    path.chmod(0o644)
+    assert not keys.refresh()
+    path.chmod(0o600)
+    assert keys.refresh() and keys.value == Keys((KEY,))

@@ -447,13 +447,14 @@ def test_keys_are_changed_under_a_running_collector(client: AsgiClient, tmp_path
     path = tmp_path / "impression.key"
     path.write_text(KEY.hex())
     path.chmod(0o600)
+    young = bytes(range(32))
     client.app._key = impressions.watched_keys(path)
     assert send(client, {"impression": token(), "type": "shown"})[0] == 200
-    path.write_text(f"{KEY[::-1].hex()}\n{KEY.hex()}\n")
+    path.write_text(f"{young.hex()}\n{KEY.hex()}\n")
     new = impressions.mint(impressions.read_keys(path), version="2", shopper="7", now_s=9.0)[1]
     for one in (token(), new):
         assert send(client, {"impression": one, "type": "shown"})[1]["accepted"] == 1
-    path.write_text(KEY[::-1].hex())
+    path.write_text(young.hex())
     client.app._key.refresh()
     assert send(client, {"impression": new, "type": "clicked"})[1]["accepted"] == 1
     assert "forged" in send(client, {"impression": token(), "type": "shown"})[1]["refused"][0]["reason"]

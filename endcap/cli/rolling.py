@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from endcap.cli.console import Console, Task
-from endcap.errors import BusyError, InputError, SourceError
+from endcap.errors import BusyError, InputError
 from endcap.files import FolderLock
 from endcap.objectives import Good, Objectives
 from serving.gates import GateReport, GateSettings, run_gates
@@ -22,9 +21,6 @@ from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Phase, State
 from serving.rollout.store import load_state
 from serving.targets import LocalTarget, ModelVersion
-
-if TYPE_CHECKING:
-    from serving.sources import Measured, Sources
 
 __all__ = ["PROMETHEUS_TOKEN", "bring_back", "has_ended", "resolve_candidate", "roll_out"]
 
@@ -72,9 +68,9 @@ def roll_out(
             _tell(console, task, spec, decided)
 
         gates = _gatekeeper(spec, judged, target.found.public_key, folder)
-        sources = _sources(spec, judged, target, held)
+        source = _source(spec, judged, target, held)
         return run_rollout(spec, objectives, candidate, target, folder, packages=packages, gates=gates,
-                           sources=sources, on_decision=tell)  # fmt: skip
+                           source=source, on_decision=tell)  # fmt: skip
 
 
 def bring_back(console: Console, state: State, target: LocalTarget, folder: Path) -> RolloutResult:
@@ -121,23 +117,10 @@ def _gatekeeper(spec: RolloutSpec, objectives: Objectives, public_key: Path, fol
     return check
 
 
-class _Counted:
-    """All sources as one of the engine's: where nothing was counted, it hears why."""
-
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
-
-    def read(self, now_s: float) -> Measured:
-        reading = self._sources.read(now_s)
-        if reading.notes and not any(reading.measured.values()):
-            raise SourceError("; ".join(f"{name}: {note}" for name, note in reading.notes.items()))
-        return reading.measured
-
-
-def _sources(spec: RolloutSpec, objectives: Objectives, target: LocalTarget, held: ExitStack) -> Sequence[CountSource]:
+def _source(spec: RolloutSpec, objectives: Objectives, target: LocalTarget, held: ExitStack) -> CountSource | None:
     """What counts the objectives that the target does not; closed with ``held``."""
     if not any(objective.good is Good.COUNTED for objective in objectives.objectives):
-        return ()
+        return None
     from serving.sources import MetricsEndpoint, PrometheusAccess, Sources
 
     def endpoints() -> list[MetricsEndpoint]:
@@ -148,7 +131,7 @@ def _sources(spec: RolloutSpec, objectives: Objectives, target: LocalTarget, hel
     prometheus = None if spec.prometheus_url is None else PrometheusAccess(spec.prometheus_url, token_env=token)
     sources = Sources(objectives, prometheus=prometheus, endpoints=endpoints, envoy_url=target.found.envoy_admin_url)
     held.callback(sources.close)
-    return (_Counted(sources),)
+    return sources
 
 
 def _tell(console: Console, task: Task, spec: RolloutSpec, decided: Decision) -> None:

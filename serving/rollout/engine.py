@@ -7,7 +7,7 @@ to repeat, and the evidence is folded again from the raw looks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,7 @@ from serving.rollout.looks import Look, LookFold, shadow_strata
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, RunGates, SetShadow, SetShares, State
 from serving.rollout.store import RolloutStore
+from serving.sources.base import Reading, measured
 from serving.targets.base import ModelVersion, Observation, ShadowObservation, Target
 
 __all__ = ["Clock", "CountSource", "Engine", "Gatekeeper", "RolloutResult", "SystemClock", "run_rollout"]
@@ -56,12 +57,9 @@ class SystemClock:
 
 
 class CountSource(Protocol):
-    """Counts beside the target: by objective and version label, cumulative since the source was made.
+    """Counts beside the target, cumulative since the source was made; nothing about a version is no data."""
 
-    Nothing about a version is no data. Errors are :class:`~endcap.errors.EndcapError`.
-    """
-
-    def read(self, now_s: float) -> Mapping[str, Mapping[str, Counts]]: ...
+    def read(self, now_s: float) -> Reading: ...
 
 
 Gatekeeper = Callable[[Path, Path], Gated]
@@ -87,7 +85,7 @@ def run_rollout(
     packages: Mapping[str, Path],
     clock: Clock | None = None,
     gates: Gatekeeper | None = None,
-    sources: Sequence[CountSource] = (),
+    source: CountSource | None = None,
     on_decision: Callable[[Decision], None] | None = None,
 ) -> RolloutResult:
     """Run, or resume, a rollout to its end.
@@ -105,7 +103,7 @@ def run_rollout(
     """
     with FolderLock(folder), RolloutStore(folder) as store:
         engine = Engine(spec, spec.judged(objectives), candidate, target, store, dict(packages),
-                        clock or SystemClock(), gates, sources, on_decision)  # fmt: skip
+                        clock or SystemClock(), gates, source, on_decision)  # fmt: skip
         return engine.run()
 
 
@@ -115,12 +113,12 @@ class Engine:
     def __init__(
         self, spec: RolloutSpec, objectives: Objectives, candidate: ModelVersion, target: Target,
         store: RolloutStore, packages: dict[str, Path], clock: Clock, gates: Gatekeeper | None,
-        sources: Sequence[CountSource], on_decision: Callable[[Decision], None] | None,
+        source: CountSource | None, on_decision: Callable[[Decision], None] | None,
     ) -> None:  # fmt: skip
         self._spec, self._objectives, self._target, self._store = spec, objectives, target, store
         self._packages = {**packages, candidate.label: candidate.package}
         self._candidate = candidate
-        self._clock, self._gates, self._sources, self._on_decision = clock, gates, sources, on_decision
+        self._clock, self._gates, self._source, self._on_decision = clock, gates, source, on_decision
         self._sight = _Sight(spec, objectives, candidate.label, "")
         self._counted: dict[str, dict[str, Counts]] = {}
         self._source_trouble: str | None = None
@@ -177,7 +175,7 @@ class Engine:
         for objective in self._objectives.objectives:
             where = f"objective {objective.name}"
             serve = "start it with these objectives (endcap serve up --objectives)"
-            if objective.good is Good.COUNTED and not self._sources:
+            if objective.good is Good.COUNTED and self._source is None:
                 raise InputError("nothing counts it", where=where, next_step="name its source, such as prometheus")
             if objective.good is Good.CLICKED and seen.window_s is None:
                 raise InputError("the target collects no feedback", where=where, next_step=serve)
@@ -306,17 +304,15 @@ class Engine:
     def _with_counted(self, seen: Observation) -> Observation:
         """``seen`` with what the sources count; their counts go on from those of an engine that was here before."""
         self._source_trouble = None
-        found: dict[str, dict[str, Counts]] = {}
-        for source in self._sources:
-            try:
-                for name, by_version in source.read(self._clock.now_s()).items():
-                    for label, counts in by_version.items():
-                        before = self._counted.get(name, {}).get(label, Counts())
-                        found.setdefault(label, {})[name] = before + counts
-            except EndcapError as error:
-                self._source_trouble = _line(error)
-        versions = {label: replace(version, measured=found.get(label, {})) for label, version in seen.versions.items()}
-        return replace(seen, versions=versions)
+        if self._source is None:
+            return seen
+        reading = self._source.read(self._clock.now_s())
+        self._source_trouble = "; ".join(f"{name}: {note}" for name, note in reading.notes.items()) or None
+        counts = {
+            name: {label: self._counted.get(name, {}).get(label, Counts()) + new for label, new in by_version.items()}
+            for name, by_version in reading.measured.items()
+        }
+        return measured(seen, counts)
 
     def _be_patient(self, error: EndcapError) -> None:
         """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""

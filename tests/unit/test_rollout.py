@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,17 +27,18 @@ from serving.rollout.freeze import DateFreeze
 from serving.rollout.spec import Mode, RolloutSpec, ShadowSpec, Step
 from serving.rollout.state import Outcome
 from serving.rollout.store import load_state
+from serving.sources.base import Reading
 from serving.targets.base import StickyKey
 from tests.simulated import CANARY, OBJECTIVES, SPEC, WINDOW_S, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 
 def roll(
     folder: Path, target: SimulatedTarget, clock: SimulatedClock, spec: RolloutSpec = SPEC, *,
-    objectives: Objectives = OBJECTIVES, gates: Gatekeeper | None = None, sources: Sequence[CountSource] = (),
+    objectives: Objectives = OBJECTIVES, gates: Gatekeeper | None = None, source: CountSource | None = None,
 ) -> RolloutResult:  # fmt: skip
     return run_rollout(
         spec, objectives, CANARY, target, folder, packages={"1": Path("one")}, clock=clock, gates=gates,
-        sources=sources,
+        source=source,
     )  # fmt: skip
 
 
@@ -552,30 +553,31 @@ class Baskets:
     def __init__(self, target: SimulatedTarget, canary: float, *, failing: bool = False) -> None:
         self._target, self._canary, self._failing = target, canary, failing
 
-    def read(self, now_s: float) -> Mapping[str, Mapping[str, Counts]]:
+    def read(self, now_s: float) -> Reading:
         if self._failing:
-            raise TargetError("Prometheus answered 500")
+            return Reading({}, {"baskets": "Prometheus answered 500"})
         shares = {"1": 0.4, "2": self._canary}
-        return {"baskets": {
+        counted = {
             label: Counts(int(served.attempts * shares[label]), int(served.attempts))
             for label, served in self._target.served.items()
-        }}  # fmt: skip
+        }
+        return Reading({"baskets": counted}, {})
 
 
 def test_what_a_source_counts_decides_like_anything_else(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1))
-    result = roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.2)])
+    result = roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.2))
     assert result.outcome is Outcome.ROLLED_BACK
     assert result.reason.startswith("baskets")
     target, clock = start(Behaviour(clicked=0.1))
-    assert roll(tmp_path / "good", target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)]).outcome is (
+    assert roll(tmp_path / "good", target, clock, objectives=BASKETS, source=Baskets(target, 0.42)).outcome is (
         Outcome.PROMOTED
     )
 
 
 def test_a_source_that_fails_is_a_hold_with_its_reason_and_never_a_promotion(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1))
-    result = roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42, failing=True)])
+    result = roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.42, failing=True))
     assert result.outcome is Outcome.HELD
     assert "Prometheus answered 500" in result.reason
 
@@ -584,10 +586,10 @@ def test_an_engine_killed_anywhere_counts_a_source_s_events_neither_twice_nor_an
     target, clock = start(Behaviour(clicked=0.1))
     target.die_at = (25, "after")
     with pytest.raises(Killed):
-        roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)])
+        roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.42))
     target.die_at = None
     target.served = {}  # a source made anew counts from nothing
-    roll(tmp_path, target, clock, objectives=BASKETS, sources=[Baskets(target, 0.42)])
+    roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.42))
     looks = list(read_json_lines(tmp_path / "looks.jsonl"))
     counted = [look["versions"].get("1", {}).get("measured", {}).get("baskets", [0, 0])[1] for look in looks]
     assert counted == sorted(counted)

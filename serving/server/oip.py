@@ -23,7 +23,7 @@ from serving.server import tensors
 
 __all__ = [
     "BINARY_HEADER", "InferRequest", "error_text", "format_answer", "header_length", "metadata", "parse_infer",
-    "server_metadata", "split_answer",
+    "send_names", "server_metadata", "split_answer",
 ]  # fmt: skip
 
 BINARY_HEADER = b"inference-header-content-length"
@@ -91,7 +91,7 @@ def parse_infer(body: bytes, manifest: Manifest, json_bytes: int | None = None) 
 def _inputs(found: object, manifest: Manifest, raw: memoryview) -> dict[str, NDArray[Any]]:
     specs = manifest.inputs
     if type(found) is not list:
-        raise InputError("inputs must be a list of tensors", where="inputs", next_step=_send(specs))
+        raise InputError("inputs must be a list of tensors", where="inputs", next_step=send_names(specs))
     inputs: dict[str, NDArray[Any]] = {}
     place_in_raw = 0
     for place, tensor in enumerate(found):
@@ -101,7 +101,7 @@ def _inputs(found: object, manifest: Manifest, raw: memoryview) -> dict[str, NDA
         name = tensor.get("name")
         spec = next((spec for spec in specs if spec.name == name), None)
         if spec is None:
-            raise InputError("no such input", where=f"{where}.name", next_step=_send(specs))
+            raise InputError("no such input", where=f"{where}.name", next_step=send_names(specs))
         if spec.name in inputs:
             raise InputError(f"{spec.name} is given twice", where=where)
         if tensor.get("datatype") != spec.datatype:
@@ -124,14 +124,15 @@ def _inputs(found: object, manifest: Manifest, raw: memoryview) -> dict[str, NDA
         place_in_raw += size
     if len(inputs) != len(specs):
         missing = next(spec.name for spec in specs if spec.name not in inputs)
-        raise InputError(f"input {missing} is missing", where="inputs", next_step=_send(specs))
+        raise InputError(f"input {missing} is missing", where="inputs", next_step=send_names(specs))
     if place_in_raw != len(raw):
         raise InputError(f"{len(raw) - place_in_raw} bytes after the JSON belong to no input", where="body",
                          next_step="name their number in the input's parameter binary_data_size")  # fmt: skip
     return inputs
 
 
-def _send(specs: Sequence[TensorSpec]) -> str:
+def send_names(specs: Sequence[TensorSpec]) -> str:
+    """What to do about inputs of other names."""
     return f"send: {', '.join(spec.name for spec in specs)}"
 
 

@@ -9,9 +9,14 @@ A package is a folder::
     MODEL_CARD.md     for people
     model.sig         OpenSSF model-signing bundle over all of the above
 
-Task ``session-recommender`` graph: input ``history`` int64 [batch, length], left-padded with 0, newest item last;
-outputs ``items`` int64 [batch, top_k] (best first) and ``scores`` float32 [batch, top_k]. The shopper's history is
-masked inside the graph.
+Axis 0 of every tensor is rows: one query, text or shopper each. What a task's graph takes and gives:
+
+- ``session-recommender``: ``history`` int64 [rows, length], left-padded with 0, newest item last; ``items`` int64
+  [rows, top_k] (best first) and ``scores`` float32 [rows, top_k]. The shopper's history is masked inside the graph.
+- ``ranker``: a query and its candidates in any inputs; ``scores`` float [rows, candidates].
+- ``encoder``: any inputs (token ids and mask); ``embedding`` float [rows, size].
+- ``classifier``: any inputs; ``logits`` or ``probabilities`` float [rows, classes].
+- ``generator``: any tensors; one step of the graph is one run.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from endcap.documents import Name, describe_validation
 from endcap.errors import PackageError, VerificationError
@@ -62,6 +67,12 @@ class TensorSpec(_Model):
     name: str
     datatype: Literal["BOOL", "INT8", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"]
     shape: tuple[int, ...]
+    axes: tuple[str, ...] = ()
+    """Names of the axes, axis 0 first. Axes of one name have one size in a run; an output's axis of any size that is
+    named as a padded input's is cut back to each row's own size. None: nothing is known of them."""
+    padding: Literal["none", "left", "right"] = "none"
+    """Where an input may be filled up, along its axes of any size, to go in one batch with longer ones."""
+    pad_value: int = 0
 
 
 class Variant(_Model):
@@ -82,14 +93,24 @@ class Manifest(_Model):
     outputs: tuple[TensorSpec, ...]
     variants: dict[str, Variant]
     """By name: ``float32`` always, ``int8`` where it was made."""
-    top_k: int = Field(ge=1, le=1000)
-    max_history: int = Field(ge=1, le=4096)
+    top_k: int = Field(default=1, ge=1, le=1000)
+    """Of a session recommender, as is ``max_history``; other tasks leave them out."""
+    max_history: int = Field(default=1, ge=1, le=4096)
     created_at: str
     """UTC, ISO 8601."""
     lineage: dict[str, str] = Field(default_factory=dict)
     """data_sha256, git_commit, pipeline_run, seed, synthetic ("true"/"false"), ..."""
     digests: dict[FileName, str] = Field(default_factory=dict)
     """SHA-256 of every file but this manifest and the signature. Set by :func:`seal`."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.task is Task.SESSION_RECOMMENDER and not {"top_k", "max_history"} <= self.model_fields_set:
+            raise ValueError("a session recommender states top_k and max_history")
+        for spec in (*self.inputs, *self.outputs):
+            if spec.axes and len(spec.axes) != len(spec.shape):
+                raise ValueError(f"{spec.name} has {len(spec.shape)} axes and {len(spec.axes)} names of them")
+        return self
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

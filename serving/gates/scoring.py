@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from endcap.shoppers import Shopper
 from serving.server.engine import GraphTimeoutError
 from serving.server.recommend import RecommendRequest
-from serving.server.service import Pool, Service
+from serving.server.service import Limits, Service
 
 __all__ = ["CUTOFF", "MOST_TIMEOUTS", "RUN_S", "Scored", "score"]
 
@@ -54,13 +54,13 @@ async def _score(service: Service, shoppers: Sequence[Shopper], who: str) -> Sco
     ndcg, hits = np.zeros(len(shoppers)), np.zeros(len(shoppers))
     failed = timed_out = fallbacks = 0
     k = min(CUTOFF, service.manifest.top_k)
-    pool = Pool(workers=1, timeout_s=RUN_S, max_waiting=1)
+    service = service.limited(Limits(workers=1, timeout_s=RUN_S, max_waiting=1))
     try:
         for place, shopper in enumerate(shoppers):
             if place % _PROGRESS_EVERY == 0:
                 log.info("offline: %s, %d of %d shoppers", who, place, len(shoppers))
             try:
-                answer = await service.recommend(RecommendRequest(shopper.shopper, shopper.history, k), pool)
+                answer = await service.recommend(RecommendRequest(shopper.shopper, shopper.history, k))
             except GraphTimeoutError:
                 failed, timed_out = failed + 1, timed_out + 1
                 if timed_out >= MOST_TIMEOUTS:
@@ -74,5 +74,5 @@ async def _score(service: Service, shoppers: Sequence[Shopper], who: str) -> Sco
                 ndcg[place] = 1.0 / math.log2(answer.items.index(shopper.next_item) + 2)
                 hits[place] = 1.0
     finally:
-        pool.close()
+        service.close()
     return Scored(ndcg, hits, failed, timed_out, fallbacks)

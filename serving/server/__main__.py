@@ -40,7 +40,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
+    parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="what runs the graph; auto: CUDA where onnxruntime offers it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="runs of the graph at the same time")
+    parser.add_argument("--threads", type=int, default=0, help="of one run; default: the cores given over --workers")
+    parser.add_argument("--max-rows", type=int, default=64, help="of a batch")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of a batch: its rows times its longest row")
+    parser.add_argument("--max-wait-ms", type=float, default=2.0,
+                        help="a request is held so long to gather others, and only while a run goes on")  # fmt: skip
     parser.add_argument("--timeout-s", type=float, default=2.0, help="a run that takes longer is ended (504)")
     parser.add_argument("--max-waiting", type=int, default=256, help="requests beyond this are turned away (503)")
     parser.add_argument("--drain-s", type=float, default=1.0, help="answer for this long after SIGTERM, but not ready")
@@ -55,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     try:
         key = impressions.read_key(arguments.impression_key) if arguments.impression_key else None
-        if arguments.workers < 1 or arguments.timeout_s <= 0 or arguments.max_waiting < 1:
-            raise InputError("--workers, --timeout-s and --max-waiting must be above 0")
+        if min(arguments.workers, arguments.timeout_s, arguments.max_waiting, arguments.max_rows,
+               arguments.max_tokens) <= 0 or min(arguments.threads, arguments.max_wait_ms) < 0:  # fmt: skip
+            raise InputError("--workers, --timeout-s, --max-waiting, --max-rows and --max-tokens must be above 0, "
+                             "--threads and --max-wait-ms not below")  # fmt: skip
         listener = listen(arguments.host, arguments.port)
         answers = AnswerLog(arguments.answers) if arguments.answers else None
     except EndcapError as error:
@@ -66,19 +75,27 @@ def main(argv: list[str] | None = None) -> int:
     import prometheus_client
 
     from serving.server.app import Replica, ServerApp
-    from serving.server.service import Pool, Service, load_service
+    from serving.server.engine import cores
+    from serving.server.service import Limits, Service, load_service
 
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    pool = Pool(workers=arguments.workers, timeout_s=arguments.timeout_s, max_waiting=arguments.max_waiting)
-    app = ServerApp(Replica(arguments.version, arguments.zone), pool, impression_key=key, answers=answers)
+    threads = arguments.threads or max(1, cores() // arguments.workers)
+    limits = Limits(
+        workers=arguments.workers, lanes=max(1, min(arguments.workers, cores() // threads)),
+        timeout_s=arguments.timeout_s, max_rows=arguments.max_rows, max_tokens=arguments.max_tokens,
+        max_wait_s=arguments.max_wait_ms / 1000, max_waiting=arguments.max_waiting,
+    )  # fmt: skip
+    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=key, answers=answers)
 
     async def load(server: DrainingServer) -> None:
         """Health answers 503 meanwhile."""
         loop = asyncio.get_running_loop()
         try:
             service: Service = await loop.run_in_executor(
-                None, lambda: load_service(arguments.package, arguments.public_key, variant=arguments.variant)
-            )
+                None,
+                lambda: load_service(arguments.package, arguments.public_key, variant=arguments.variant,
+                                     limits=limits, threads=threads, provider=arguments.provider),
+            )  # fmt: skip
         except EndcapError as error:
             server.fail(error)
             return
@@ -99,7 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         app, drain_s=arguments.drain_s, on_started=lambda server: tasks.append(asyncio.create_task(load(server)))
     )
     code = server.run_on(listener)
-    pool.close()
+    if app.service is not None:
+        app.service.close()
     if answers is not None:
         answers.close()
     return code

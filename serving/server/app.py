@@ -18,9 +18,9 @@ from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
 from serving.server.recommend import Recommendation, parse_request
-from serving.server.service import OverloadedError, Pool, Service
+from serving.server.service import OverloadedError, Priority, Service
 
-__all__ = ["Replica", "ServerApp"]
+__all__ = ["Asked", "NotReadyError", "Replica", "ServerApp", "UnknownModelError", "status_of"]
 
 log = logging.getLogger("serving.server")
 
@@ -38,25 +38,30 @@ class Replica:
 
 
 @dataclass(slots=True)
-class _Asked:
-    """What the gateway says of a request, in headers that it lets no client set.
+class Asked:
+    """What the headers say of a request.
 
-    ``within_s``: how long it waits for this attempt. ``compared``: a shadow gets a copy too. ``shadow``: this is the
+    ``within_s``: how long its sender waits for this attempt, as Envoy says or ``x-request-deadline-ms`` does.
+    ``priority``: ``x-endcap-priority``, a shopper unless it says ``batch``. The others are the gateway's, which lets
+    no client set them. ``compared``: a shadow gets a copy too. ``shadow``: this is the
     copy. A client that reaches this server beside the gateway gains nothing by them but an answer that earns no
     impression.
     """
 
     within_s: float = math.inf
+    priority: Priority = Priority.SHOPPER
     compared: bool = False
     shadow: bool = False
     request_id: str = ""
 
     @staticmethod
-    def of(scope: Scope) -> _Asked:
-        asked = _Asked()
+    def of(scope: Scope) -> Asked:
+        asked = Asked()
         for name, value in scope["headers"]:
-            if name == b"x-envoy-expected-rq-timeout-ms":
-                asked.within_s = _within_s(value)
+            if name in (b"x-envoy-expected-rq-timeout-ms", b"x-request-deadline-ms"):
+                asked.within_s = min(asked.within_s, _within_s(value))
+            elif name == b"x-endcap-priority":
+                asked.priority = Priority.BATCH if value == b"batch" else Priority.SHOPPER
             elif name == b"x-endcap-compare":
                 asked.compared = value == b"1"
             elif name == b"x-endcap-shadow":
@@ -77,7 +82,6 @@ class ServerApp:
     def __init__(
         self,
         replica: Replica,
-        pool: Pool,
         *,
         impression_key: bytes | None,
         answers: AnswerLog | None = None,
@@ -86,7 +90,6 @@ class ServerApp:
         self.draining = False
         self.metrics = ServerMetrics(replica.version)
         self._replica = replica
-        self._pool = pool
         self._key = impression_key
         self._answers = answers
         self._now_s = now_s
@@ -98,8 +101,18 @@ class ServerApp:
         # Envoy stops sending to a host that says this, without waiting for its next health check.
         self._draining_headers: Headers = (*self._headers, (b"x-envoy-immediate-health-check-fail", b"true"))
 
+    @property
+    def service(self) -> Service | None:
+        """What is loaded."""
+        return self._service
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, and not draining."""
+        return self._service is not None and not self.draining
+
     def open(self, service: Service) -> None:
-        """Begin to answer."""
+        """Begin to answer, or go on with another package; what the old one has begun it finishes."""
         self.metrics.verification_s.set(service.verification_s)
         self.metrics.load_s.set(service.load_s)
         self.metrics.ready.set(1)
@@ -110,10 +123,10 @@ class ServerApp:
             return
         path: str = scope["path"]
         if path == RECOMMEND_PATH:
-            asked = _Asked.of(scope)
+            asked = Asked.of(scope)
             await self._measured("shadow" if asked.shadow else "recommend", asked, scope, receive, send)
         elif path.startswith("/v2/models/") and path.endswith("/infer"):
-            await self._measured("infer", _Asked.of(scope), scope, receive, send)
+            await self._measured("infer", Asked.of(scope), scope, receive, send)
         else:
             await self._look(path, scope, send)
 
@@ -122,37 +135,41 @@ class ServerApp:
         headers = self._draining_headers if self.draining else self._headers
         await asgi.send_answer(send, status, body, (*headers, *more) if more else headers, content_type=content_type)
 
-    async def _measured(self, route: str, asked: _Asked, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _measured(self, route: str, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request of a model and count it, whatever happens."""
         begun_s = time.perf_counter()
         recommended = _NOTHING
+        more: Headers = ()
         try:
             if scope["method"] != "POST":
                 await self._send(send, 405, self._error(route, _method_error("POST")), (b"allow", b"POST"))
                 return
-            body = await asgi.read_body(scope, receive)
-            begun_s = time.perf_counter()
             service = self._service
             if service is None:
                 raise NotReadyError("the model is being verified and loaded", where="server",
                                     next_step="try another replica, or later")  # fmt: skip
+            service.admit(asked.priority)  # what would be turned away is not even read
+            body = await asgi.read_body(scope, receive)
+            begun_s = time.perf_counter()
             if route == "infer":
-                answer = await self._infer(service, scope["path"], body, asked.within_s)
+                answer = await self._infer(service, scope["path"], body, asked)
             else:
                 answer, recommended = await self._recommend(service, body, asked)
             status, outcome = 200, "answered"
         except ConnectionError:
             return
         except EndcapError as error:
-            status, outcome = _status(error)
+            status, outcome = status_of(error)
             answer = self._error(route, error)
+            if isinstance(error, OverloadedError):
+                more = ((b"retry-after", str(error.retry_after_s).encode()),)
             if status >= 500:
                 log.warning("%s %d: %s", route, status, error.what)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not kill the replica, nor log a history
             log.error("%s failed by a fault of the server: %s", route, type(error).__name__)
             status, outcome = 500, "failed"
             answer = self._error(route, EndcapError("a fault of the server", where=route))
-        await self._send(send, status, answer)
+        await self._send(send, status, answer, *more)
         self.metrics.attempts[route, outcome].inc()
         took_s = time.perf_counter() - begun_s
         self.metrics.latency[route].observe(took_s)
@@ -160,9 +177,13 @@ class ServerApp:
             self._answers.add(LoggedAnswer(asked.request_id, self._replica.version, asked.shadow, status,
                                            round(took_s * 1000, 3), recommended.items, recommended.scores))  # fmt: skip
 
-    async def _recommend(self, service: Service, body: bytes, asked: _Asked) -> tuple[bytes, Recommendation]:
+    async def _recommend(self, service: Service, body: bytes, asked: Asked) -> tuple[bytes, Recommendation]:
+        if service.catalogue is None:
+            raise UnknownModelError(f"{service.manifest.name} is a {service.manifest.task}, not a recommender",
+                                    where=RECOMMEND_PATH,
+                                    next_step=f"send tensors to /v2/models/{service.manifest.name}/infer")  # fmt: skip
         request = parse_request(body, max_k=service.manifest.top_k)
-        answer = await service.recommend(request, self._pool, within_s=asked.within_s)
+        answer = await service.recommend(request, within_s=asked.within_s, priority=asked.priority)
         if answer.fallback is not None and not asked.shadow:
             self.metrics.popular.inc()
         token: str | None = None
@@ -175,12 +196,12 @@ class ServerApp:
             "impression": token, "fallback": answer.fallback,
         }), answer  # fmt: skip
 
-    async def _infer(self, service: Service, path: str, body: bytes, within_s: float) -> bytes:
+    async def _infer(self, service: Service, path: str, body: bytes, asked: Asked) -> bytes:
         if self._model(service, path, "/infer") is None:
             raise UnknownModelError("no such model", where=path, next_step=f"ask for {service.manifest.name}")
         request = oip.parse_infer(body, service.manifest)
-        service.catalogue.check_indices(request.inputs, service.manifest.inputs[0].name)
-        outputs = await self._pool.run(service.engine, request.inputs, within_s=within_s)
+        service.check(request.inputs)
+        outputs = await service.infer(request.inputs, within_s=asked.within_s, priority=asked.priority)
         return oip.format_answer(request, outputs, service.manifest, version=self._replica.version)
 
     async def _look(self, path: str, scope: Scope, send: Send) -> None:
@@ -189,13 +210,13 @@ class ServerApp:
             await self._send(send, 405, oip.error_text(_method_error("GET")), (b"allow", b"GET"))
             return
         service = self._service
-        ready = service is not None and not self.draining
+        ready = self.ready
         if path == "/v2/health/live":
             await self._send(send, 200, b'{"live":true}')
         elif path == "/v2/health/ready":
             await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
         elif path == "/metrics":
-            self.metrics.in_flight.set(self._pool.waiting)
+            self.metrics.in_flight.set(0 if service is None else service.batcher.waiting)
             self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
         elif path in ("/v2", "/v2/"):
@@ -238,7 +259,7 @@ def _within_s(value: bytes) -> float:
     return int(value) / 1000 if value.isdigit() and 0 < len(value) < 10 and int(value) else math.inf
 
 
-def _status(error: EndcapError) -> tuple[int, str]:
+def status_of(error: EndcapError) -> tuple[int, str]:
     """HTTP status and outcome of an error."""
     match error:
         case BodyTooLargeError():
@@ -247,7 +268,9 @@ def _status(error: EndcapError) -> tuple[int, str]:
             return 404, "refused"
         case InputError():
             return 400, "refused"
-        case NotReadyError() | OverloadedError():
+        case OverloadedError():
+            return 429 if error.priority is Priority.BATCH else 503, "shed"
+        case NotReadyError():
             return 503, "shed"
         case GraphTimeoutError():
             return 504, "timed_out"

@@ -6,7 +6,10 @@ the library is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from endcap.package import Manifest, TensorSpec, verify_package
 
 __all__ = [
     "DTYPES", "Engine", "GraphError", "GraphTimeoutError", "Tensors", "Ticket", "Verified",
-    "load_engine", "verify", "warm_up",
+    "cores", "load_engine", "verify", "warm_up",
 ]  # fmt: skip
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -133,13 +136,16 @@ class Engine:
         return dict(zip(self._outputs, values, strict=True))
 
 
-def load_engine(package: Verified, *, variant: str = "float32") -> Engine:
+def load_engine(package: Verified, *, variant: str = "float32", threads: int = 1, provider: str = "auto") -> Engine:
     """Load a verified package's graph.
 
-    One thread a run: replicas share a machine, and their latencies must not hang on each other's.
+    Args:
+        threads: that one run uses; they do not spin while they wait, because replicas share a machine.
+        provider: ``cpu``, ``cuda`` (onnxruntime must offer it), or ``auto``: CUDA where it is offered.
 
     Raises:
         PackageError: no such variant, or the graph cannot be loaded or does not keep to the manifest.
+        InputError: no such provider here.
     """
     manifest = package.manifest
     chosen = manifest.variants.get(variant)
@@ -152,18 +158,43 @@ def load_engine(package: Verified, *, variant: str = "float32") -> Engine:
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4  # what goes wrong is an exception; its log lines would hold parts of histories
     where = package.folder / chosen.file
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=_providers(onnxruntime, provider))
     except Exception as error:
         raise PackageError(f"onnxruntime cannot load the graph ({type(error).__name__})", where=where) from error
     _check("input", manifest.inputs, session.get_inputs(), where, complete=True)
     _check("output", manifest.outputs, session.get_outputs(), where, complete=False)
     return Engine(session, [spec.name for spec in manifest.outputs], onnxruntime.RunOptions)
+
+
+def cores() -> int:
+    """Processor cores that this process was given: its affinity, and its cgroup's quota rounded up."""
+    given = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        return max(1, min(given, math.ceil(int(quota) / int(period))))
+    with contextlib.suppress(OSError, ValueError):
+        quota_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
+        period_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
+        if quota_us > 0:
+            return max(1, min(given, math.ceil(quota_us / period_us)))
+    return given
+
+
+def _providers(onnxruntime: Any, wanted: str) -> list[str]:
+    offered = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    if wanted == "cuda" and not offered:
+        raise InputError("onnxruntime offers no CUDA here", where="--provider",
+                         next_step="use --provider cpu, or the image with onnxruntime-gpu")  # fmt: skip
+    return (
+        ["CUDAExecutionProvider", "CPUExecutionProvider"] if offered and wanted != "cpu" else ["CPUExecutionProvider"]
+    )
 
 
 def warm_up(engine: Engine, inputs: Tensors, where: Path) -> None:

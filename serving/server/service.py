@@ -1,123 +1,208 @@
-"""A package made ready to answer: engine and catalogue together, and the pool that keeps the event loop free."""
+"""A package of any task made ready to answer: its graph, its batcher and, for a recommender, its catalogue."""
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from endcap.errors import EndcapError, PackageError
-from endcap.package import Manifest, Task
-from serving.server.engine import (
-    Engine,
-    GraphTimeoutError,
-    Tensors,
-    load_engine,
-    verify,
-    warm_up,
-)
+from endcap.errors import InputError, PackageError
+from endcap.package import Manifest, Task, TensorSpec
+from serving.server.batching import Batcher, Limits, OverloadedError, Priority
+from serving.server.engine import DTYPES, Engine, Tensors, cores, load_engine, verify, warm_up
+from serving.server.overload import CostModel
 from serving.server.recommend import Catalogue, Recommendation, RecommendRequest, history_tensor, read_catalogue
+from serving.server.shapes import BatchShape
 
-__all__ = ["OverloadedError", "Pool", "Service", "load_service"]
+__all__ = ["MAX_ROWS", "Limits", "OverloadedError", "Priority", "Service", "load_service"]
 
-
-class OverloadedError(EndcapError):
-    """More requests wait than could be answered in time."""
-
-
-class Pool:
-    """Runs graphs on threads of their own: a slow or stalled graph never holds the event loop, nor health checks.
-
-    Args:
-        workers: runs at the same time (onnxruntime lets go of Python's lock while it runs).
-        timeout_s: a run that waited and ran longer than this is ended.
-        max_waiting: requests beyond this are turned away at once.
-    """
-
-    def __init__(self, *, workers: int, timeout_s: float, max_waiting: int) -> None:
-        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="graph")
-        self._timeout_s = timeout_s
-        self._max_waiting = max_waiting
-        self.waiting = 0
-
-    async def run(self, engine: Engine, inputs: Tensors, *, within_s: float = math.inf) -> dict[str, NDArray[Any]]:
-        """All outputs by name. ``within_s``: how long the caller waits; a shorter limit than our own holds.
-
-        Raises:
-            OverloadedError: too many wait already.
-            GraphError: the graph failed, or (GraphTimeoutError) took too long.
-        """
-        if self.waiting >= self._max_waiting:
-            raise OverloadedError(f"{self.waiting} requests wait already", where="server",
-                                  next_step="try another replica, or later")  # fmt: skip
-        ticket = engine.ticket()
-        limit_s = min(self._timeout_s, within_s)
-        self.waiting += 1
-        try:
-            async with asyncio.timeout(limit_s):
-                return await asyncio.get_running_loop().run_in_executor(self._executor, engine.run, inputs, ticket)
-        except TimeoutError:
-            raise GraphTimeoutError(f"no answer from the graph within {limit_s:g} s", where="graph",
-                                    next_step="try again") from None  # fmt: skip
-        finally:
-            self.waiting -= 1
-            ticket.revoke()
-
-    def close(self) -> None:
-        """Let go of the threads; a run that hangs does not hold the process."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+MAX_ROWS = 256
+"""Of one request of a task other than the recommender, whose own limit is its catalogue's."""
+MAX_VALUES = 1 << 22
+"""Of one input of one request."""
+_WARM_ROWS = (1, 8, 32)
+_WARM_LENGTH = 16
+_WARM_S = 1.0
+"""No more warming after this: a heavy graph learns its larger batches' time as it serves."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Service:
-    """One loaded package."""
+    """One loaded package. Call :meth:`infer` and :meth:`recommend` on one event loop.
+
+    ``catalogue``: a session recommender's, None for other tasks.
+    """
 
     manifest: Manifest
     engine: Engine
-    catalogue: Catalogue
+    shape: BatchShape
+    cost: CostModel
+    batcher: Batcher
+    catalogue: Catalogue | None
     verification_s: float
     load_s: float
 
-    async def recommend(self, request: RecommendRequest, pool: Pool, *, within_s: float = math.inf) -> Recommendation:
-        """The graph's answer, or the documented fallback."""
-        known = self.catalogue.known(request.history)
+    def limited(self, limits: Limits) -> Service:
+        """The same loaded graph behind a batcher of its own."""
+        return dataclasses.replace(self, batcher=Batcher(self.engine, self.shape, limits, cost=self.cost))
+
+    def admit(self, priority: Priority = Priority.SHOPPER) -> None:
+        """As :meth:`Batcher.admit`: ask before a body is read."""
+        self.batcher.admit(priority)
+
+    def check(self, inputs: Tensors) -> None:
+        """Refuse tensors that keep to the manifest and that the graph was not made for.
+
+        Raises:
+            InputError: names the input.
+        """
+        if self.catalogue is not None:
+            self.catalogue.check_indices(inputs, self.manifest.inputs[0].name)
+            return
+        for spec in self.manifest.inputs:
+            values = inputs[spec.name]
+            where = f"inputs.{spec.name}"
+            if values.size > MAX_VALUES or (values.ndim and len(values) > MAX_ROWS and self.shape.joinable):
+                raise InputError(f"{spec.name} has shape {list(values.shape)}", where=f"{where}.shape",
+                                 next_step=f"send at most {MAX_ROWS} rows and {MAX_VALUES} values")  # fmt: skip
+            if values.size == 0:
+                raise InputError(f"{spec.name} is empty", where=f"{where}.shape", next_step="send at least one value")
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                raise InputError(f"{spec.name} holds a value that is no finite number", where=f"{where}.data")
+
+    async def infer(self, inputs: Tensors, *, within_s: float = math.inf,
+                    priority: Priority = Priority.SHOPPER) -> dict[str, NDArray[Any]]:  # fmt: skip
+        """All outputs by name; see :meth:`Batcher.infer`."""
+        return await self.batcher.infer(inputs, within_s=within_s, priority=priority)
+
+    async def recommend(self, request: RecommendRequest, *, within_s: float = math.inf,
+                        priority: Priority = Priority.SHOPPER) -> Recommendation:  # fmt: skip
+        """The graph's answer, or the documented fallback.
+
+        Raises:
+            InputError: the package is no recommender.
+        """
+        catalogue = self.catalogue
+        if catalogue is None:
+            raise InputError(f"{self.manifest.name} is a {self.manifest.task}, not a recommender", where="model")
+        known = catalogue.known(request.history)
         if not known:
-            return self.catalogue.popular(request.history, request.k)
+            return catalogue.popular(request.history, request.k)
         tensor = history_tensor(known, self.manifest)
-        outputs = await pool.run(self.engine, {self.manifest.inputs[0].name: tensor}, within_s=within_s)
-        answer = self.catalogue.answer(known, outputs["items"][0], outputs["scores"][0], request.k)
-        return answer if answer.items else self.catalogue.popular(request.history, request.k)
+        name = self.manifest.inputs[0].name
+        outputs = await self.batcher.infer({name: tensor}, within_s=within_s, priority=priority)
+        answer = catalogue.answer(known, outputs["items"][0], outputs["scores"][0], request.k)
+        return answer if answer.items else catalogue.popular(request.history, request.k)
+
+    def close(self) -> None:
+        """Let go of the batcher's threads."""
+        self.batcher.close()
 
 
-def load_service(folder: Path, public_key: Path, *, variant: str = "float32") -> Service:
+def load_service(folder: Path, public_key: Path, *, variant: str = "float32", limits: Limits | None = None,
+                 threads: int | None = None, provider: str = "auto") -> Service:  # fmt: skip
     """Verify, load and warm a package; blocks.
+
+    Args:
+        limits: default: as many lanes as the cores given have room for.
+        threads: of one run; None: the cores given, shared out over the workers.
 
     Raises:
         PackageError: it must not or cannot be served.
     """
     package = verify(folder, public_key)
     manifest = package.manifest
-    if manifest.task is not Task.SESSION_RECOMMENDER:
-        raise PackageError(f"this server does not serve the task {manifest.task}", where=folder)
     _check_schema(manifest, folder)
     begun_s = time.monotonic()
-    catalogue = read_catalogue(package)
-    engine = load_engine(package, variant=variant)
-    name = manifest.inputs[0].name
-    warm_up(engine, {name: history_tensor([1], manifest)}, folder)
-    warm_up(engine, {name: history_tensor([1] * manifest.max_history, manifest)}, folder)
-    return Service(manifest, engine, catalogue, package.seconds, time.monotonic() - begun_s)
+    given = cores()
+    limits = limits or Limits(workers=2, lanes=min(2, given))
+    catalogue = read_catalogue(package) if manifest.task is Task.SESSION_RECOMMENDER else None
+    engine = load_engine(
+        package, variant=variant, threads=threads or max(1, given // limits.workers), provider=provider
+    )
+    shape = BatchShape(manifest)
+    cost = _warm(engine, manifest, shape, folder)
+    return Service(manifest, engine, shape, cost, Batcher(engine, shape, limits, cost=cost), catalogue,
+                   package.seconds, time.monotonic() - begun_s)  # fmt: skip
+
+
+def _warm(engine: Engine, manifest: Manifest, shape: BatchShape, where: Path) -> CostModel:
+    """Run the shortest and the longest input once, then learn what batches take."""
+    recommender = manifest.task is Task.SESSION_RECOMMENDER
+    longest = manifest.max_history if recommender else _WARM_LENGTH
+    for length in (1, longest):
+        warm_up(engine, _sample(manifest, 1, length), where)
+    cost = CostModel()
+    begun_s = time.monotonic()
+    for rows in _WARM_ROWS if shape.joinable else (1,):
+        for length in dict.fromkeys((1, min(8, longest), longest)):
+            if time.monotonic() - begun_s > _WARM_S:
+                return cost
+            inputs = _sample(manifest, rows, length)
+            extent = shape.measure(inputs)
+            warm_up(engine, inputs, where)
+            run_s = time.perf_counter()
+            warm_up(engine, inputs, where)
+            cost.learn(extent.rows * extent.length, time.perf_counter() - run_s)
+    return cost
+
+
+def _sample(manifest: Manifest, rows: int, length: int) -> dict[str, NDArray[Any]]:
+    """Ones in every input: a valid token, item and mask."""
+
+    def sized(spec: TensorSpec) -> tuple[int, ...]:
+        return tuple(size if size > 0 else rows if axis == 0 else length for axis, size in enumerate(spec.shape))
+
+    return {
+        spec.name: np.full(sized(spec), b"", object) if spec.datatype == "BYTES"
+        else np.ones(sized(spec), DTYPES[spec.datatype])
+        for spec in manifest.inputs
+    }  # fmt: skip
+
+
+_FLOATS = ("FP16", "FP32", "FP64")
+
+
+def _recommender(inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec]) -> bool:
+    wanted = {"history": ("INT64", 2), "items": ("INT64", 2), "scores": ("FP32", 2)}
+    found = {name: (spec.datatype, len(spec.shape)) for name, spec in {**inputs, **outputs}.items()}
+    return len(inputs) == 1 and all(found.get(name) == form for name, form in wanted.items())
+
+
+def _gives(*names: str) -> Callable[[dict[str, TensorSpec], dict[str, TensorSpec]], bool]:
+    """One of ``names`` is a float [rows, any] output."""
+
+    def holds(inputs: dict[str, TensorSpec], outputs: dict[str, TensorSpec]) -> bool:
+        return bool(inputs) and any(
+            name in outputs and outputs[name].datatype in _FLOATS and len(outputs[name].shape) == 2 for name in names
+        )
+
+    return holds
+
+
+_SCHEMAS: dict[Task, tuple[Callable[[dict[str, TensorSpec], dict[str, TensorSpec]], bool], str]] = {
+    Task.SESSION_RECOMMENDER: (_recommender, "not the tensors of a session recommender (history; items, scores)"),
+    Task.RANKER: (_gives("scores"), "not the tensors of a ranker (scores, float [rows, candidates])"),
+    Task.ENCODER: (_gives("embedding"), "not the tensors of an encoder (embedding, float [rows, size])"),
+    Task.CLASSIFIER: (_gives("logits", "probabilities"),
+                      "not the tensors of a classifier (logits or probabilities, float [rows, classes])"),
+    Task.GENERATOR: (lambda inputs, outputs: bool(inputs and outputs), "a generator without tensors"),
+}  # fmt: skip
 
 
 def _check_schema(manifest: Manifest, folder: Path) -> None:
-    """A session recommender takes ``history`` int64 [batch, length] and gives ``items`` and ``scores``."""
-    wanted = {"history": ("INT64", 2), "items": ("INT64", 2), "scores": ("FP32", 2)}
-    found = {spec.name: (spec.datatype, len(spec.shape)) for spec in (*manifest.inputs, *manifest.outputs)}
-    if len(manifest.inputs) != 1 or any(found.get(name) != form for name, form in wanted.items()):
-        raise PackageError("not the tensors of a session recommender (history; items, scores)", where=folder)
+    """What a task's graph takes and gives; see the package contract.
+
+    Raises:
+        PackageError: the manifest's tensors are not its task's.
+    """
+    holds, problem = _SCHEMAS[manifest.task]
+    if not holds({spec.name: spec for spec in manifest.inputs}, {spec.name: spec for spec in manifest.outputs}):
+        raise PackageError(problem, where=folder)

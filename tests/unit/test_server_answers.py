@@ -17,7 +17,7 @@ from endcap.errors import InputError, StorageError
 from serving import impressions
 from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.app import Replica, ServerApp
-from serving.server.service import Pool, Service, load_service
+from serving.server.service import Limits, Service, load_service
 from tests.asgi_client import Answer, AsgiClient
 from tests.packages import ITEMS, make_package
 from tests.process import wait_until
@@ -155,14 +155,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
 
 @pytest.fixture
 def client(service: Service, opened: Callable[..., AnswerLog]) -> Iterator[AsgiClient]:
-    pool = Pool(workers=1, timeout_s=60.0, max_waiting=3)
+    service = service.limited(Limits(workers=1, timeout_s=60.0, max_waiting=3))
     log = opened()
-    app = ServerApp(Replica("7", "a"), pool, impression_key=KEY, answers=log)
+    app = ServerApp(Replica("7", "a"), impression_key=KEY, answers=log)
     app.open(service)
     with AsgiClient(app) as client:
         client.log = log  # type: ignore[attr-defined]
         yield client
-    pool.close()
+    service.close()
 
 
 def ask(client: AsgiClient, history: list[Any], *headers: tuple[bytes, bytes], request_id: bytes = b"id-1") -> Answer:

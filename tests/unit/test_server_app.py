@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from serving import impressions
 from serving.server.app import Replica, ServerApp
-from serving.server.service import Pool, Service, load_service
+from serving.server.service import Limits, Service, load_service
 from tests.asgi_client import Answer, AsgiClient, call
 from tests.packages import ITEMS, make_package
 
@@ -32,12 +32,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
 
 
 def client_of(service: Service, *, timeout_s: float) -> Iterator[AsgiClient]:
-    pool = Pool(workers=1, timeout_s=timeout_s, max_waiting=3)
-    app = ServerApp(Replica("7", "a"), pool, impression_key=KEY, now_s=lambda: 1000.0)
+    service = service.limited(Limits(workers=1, timeout_s=timeout_s, max_waiting=3))
+    app = ServerApp(Replica("7", "a"), impression_key=KEY, now_s=lambda: 1000.0)
     app.open(service)
     with AsgiClient(app) as client:
         yield client
-    pool.close()
+    service.close()
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,7 @@ def test_what_happened_is_counted_by_version_and_outcome(client: AsgiClient) -> 
 
 
 def test_nothing_is_answered_before_the_package_is_loaded_nor_ready_while_draining(service: Service) -> None:
-    pool = Pool(workers=1, timeout_s=1, max_waiting=3)
-    app = ServerApp(Replica("7", "a"), pool, impression_key=None)
+    app = ServerApp(Replica("7", "a"), impression_key=None)
     with AsgiClient(app) as client:
         assert client.get("/v2/health/live").status == 200
         assert client.get("/v2/health/ready").status == 503
@@ -196,7 +195,6 @@ def test_nothing_is_answered_before_the_package_is_loaded_nor_ready_while_draini
         assert client.get("/v2/health/ready").status == 503
         last = ask(client, ["100"])
         assert (last.status, last.headers["x-envoy-immediate-health-check-fail"]) == (200, "true")
-    pool.close()
 
 
 def test_histories_and_shoppers_are_not_logged(client: AsgiClient, caplog: pytest.LogCaptureFixture) -> None:

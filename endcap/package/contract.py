@@ -73,6 +73,11 @@ class TensorSpec(_Model):
     padding: Literal["none", "left", "right"] = "none"
     """Where an input may be filled up, along its axes of any size, to go in one batch with longer ones."""
     pad_value: int = 0
+    minimum: int | None = None
+    """Of an input's values, as is ``maximum``: token ids, say. Others are refused before the graph sees them."""
+    maximum: int | None = None
+    longest: int | None = Field(default=None, ge=1)
+    """The most that an input's axes of any size may have, rows apart."""
 
 
 class Variant(_Model):

@@ -74,6 +74,17 @@ class Service:
                                  next_step=f"send at most {MAX_ROWS} rows and {MAX_VALUES} values")  # fmt: skip
             if values.size == 0:
                 raise InputError(f"{spec.name} is empty", where=f"{where}.shape", next_step="send at least one value")
+            if spec.longest is not None and any(
+                wanted == -1 and size > spec.longest
+                for wanted, size in zip(spec.shape[1:], values.shape[1:], strict=True)
+            ):
+                raise InputError(f"{spec.name} has shape {list(values.shape)}", where=f"{where}.shape",
+                                 next_step=f"send at most {spec.longest} a row")  # fmt: skip
+            if (spec.minimum is not None and values.min() < spec.minimum) or (
+                spec.maximum is not None and values.max() > spec.maximum
+            ):
+                raise InputError(f"{spec.name} holds a value outside {spec.minimum} to {spec.maximum}",
+                                 where=f"{where}.data", next_step="keep to the model's own range")  # fmt: skip
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise InputError(f"{spec.name} holds a value that is no finite number", where=f"{where}.data")
 
@@ -87,19 +98,18 @@ class Service:
         """The graph's answer, or the documented fallback.
 
         Raises:
-            InputError: the package is no recommender.
+            InputError: the package is no recommender, or does not know what the request's filters need.
         """
         catalogue = self.catalogue
         if catalogue is None:
             raise InputError(f"{self.manifest.name} is a {self.manifest.task}, not a recommender", where="model")
-        known = catalogue.known(request.history)
-        if not known:
-            return catalogue.popular(request.history, request.k)
-        tensor = history_tensor(known, self.manifest)
+        asked = catalogue.ask(request)
+        if not asked.known:
+            return catalogue.recommend(asked)
+        tensor = history_tensor(asked.known, self.manifest)
         name = self.manifest.inputs[0].name
         outputs = await self.batcher.infer({name: tensor}, within_s=within_s, priority=priority)
-        answer = catalogue.answer(known, outputs["items"][0], outputs["scores"][0], request.k)
-        return answer if answer.items else catalogue.popular(request.history, request.k)
+        return catalogue.recommend(asked, outputs["items"][0], outputs["scores"][0])
 
     def close(self) -> None:
         """Let go of the batcher's threads."""
@@ -107,15 +117,17 @@ class Service:
 
 
 def load_service(folder: Path, public_key: Path, *, variant: str = "float32", limits: Limits | None = None,
-                 threads: int | None = None, provider: str = "auto") -> Service:  # fmt: skip
+                 threads: int | None = None, provider: str = "auto", stock: Path | None = None) -> Service:  # fmt: skip
     """Verify, load and warm a package; blocks.
 
     Args:
         limits: default: as many lanes as the cores given have room for.
         threads: of one run; None: the cores given, shared out over the workers.
+        stock: what is in stock, of a recommender; None: the package says it, if anything does.
 
     Raises:
         PackageError: it must not or cannot be served.
+        InputError: the stock file cannot be used.
     """
     package = verify(folder, public_key)
     manifest = package.manifest
@@ -124,6 +136,10 @@ def load_service(folder: Path, public_key: Path, *, variant: str = "float32", li
     given = cores()
     limits = limits or Limits(workers=2, lanes=min(2, given))
     catalogue = read_catalogue(package) if manifest.task is Task.SESSION_RECOMMENDER else None
+    if stock is not None:
+        if catalogue is None:
+            raise InputError(f"a {manifest.task} has no stock", where=stock, next_step="leave --stock out")
+        catalogue.watch_stock(stock)
     engine = load_engine(
         package, variant=variant, threads=threads or max(1, given // limits.workers), provider=provider
     )
@@ -155,16 +171,22 @@ def _warm(engine: Engine, manifest: Manifest, shape: BatchShape, where: Path) ->
 
 
 def _sample(manifest: Manifest, rows: int, length: int) -> dict[str, NDArray[Any]]:
-    """Ones in every input: a valid token, item and mask."""
+    """Ones in every input, a valid token, item and mask, where its range allows."""
 
     def sized(spec: TensorSpec) -> tuple[int, ...]:
-        return tuple(size if size > 0 else rows if axis == 0 else length for axis, size in enumerate(spec.shape))
+        length_of = length if spec.longest is None else min(length, spec.longest)
+        return tuple(size if size > 0 else rows if axis == 0 else length_of for axis, size in enumerate(spec.shape))
 
     return {
         spec.name: np.full(sized(spec), b"", object) if spec.datatype == "BYTES"
-        else np.ones(sized(spec), DTYPES[spec.datatype])
+        else np.full(sized(spec), _within(1, spec), DTYPES[spec.datatype])
         for spec in manifest.inputs
     }  # fmt: skip
+
+
+def _within(value: int, spec: TensorSpec) -> int:
+    value = value if spec.maximum is None else min(value, spec.maximum)
+    return value if spec.minimum is None else max(value, spec.minimum)
 
 
 _FLOATS = ("FP16", "FP32", "FP64")

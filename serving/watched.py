@@ -50,11 +50,11 @@ class Watched(Generic[T]):
         return True
 
 
-async def keep_fresh(files: Sequence[Watched[Any]], *, every_s: float = 1.0) -> None:
-    """Refresh ``files`` for ever, off the event loop."""
+async def keep_fresh(files: Callable[[], Sequence[Watched[Any]]], *, every_s: float = 1.0) -> None:
+    """Refresh ``files()`` for ever, off the event loop."""
     while True:
         await asyncio.sleep(every_s)
-        for file in files:
+        for file in files():
             await asyncio.to_thread(file.refresh)
 
 

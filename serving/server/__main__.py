@@ -10,12 +10,14 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from endcap.errors import EndcapError, InputError
 from endcap.processes import bind_to_parent
 from serving import impressions
 from serving.asgi import DrainingServer, listen, one_line
 from serving.server.answers import AnswerLog
+from serving.watched import Watched, keep_fresh
 
 log = logging.getLogger("serving.server")
 
@@ -40,6 +42,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
+    parser.add_argument("--stock", type=Path, metavar="FILE",
+                        help='{"out_of_stock": ["<item id>", ...]}, read again when it changes')  # fmt: skip
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto",
                         help="what runs the graph; auto: CUDA where onnxruntime offers it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="runs of the graph at the same time")
@@ -61,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     arguments = _arguments(argv)
     try:
-        key = impressions.read_key(arguments.impression_key) if arguments.impression_key else None
+        keys = impressions.watched_keys(arguments.impression_key) if arguments.impression_key else None
         if min(arguments.workers, arguments.timeout_s, arguments.max_waiting, arguments.max_rows,
                arguments.max_tokens) <= 0 or min(arguments.threads, arguments.max_wait_ms) < 0:  # fmt: skip
             raise InputError("--workers, --timeout-s, --max-waiting, --max-rows and --max-tokens must be above 0, "
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         timeout_s=arguments.timeout_s, max_rows=arguments.max_rows, max_tokens=arguments.max_tokens,
         max_wait_s=arguments.max_wait_ms / 1000, max_waiting=arguments.max_waiting,
     )  # fmt: skip
-    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=key, answers=answers)
+    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers)
 
     async def load(server: DrainingServer) -> None:
         """Health answers 503 meanwhile."""
@@ -94,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
             service: Service = await loop.run_in_executor(
                 None,
                 lambda: load_service(arguments.package, arguments.public_key, variant=arguments.variant,
-                                     limits=limits, threads=threads, provider=arguments.provider),
+                                     limits=limits, threads=threads, provider=arguments.provider,
+                                     stock=arguments.stock),
             )  # fmt: skip
         except EndcapError as error:
             server.fail(error)
@@ -111,10 +116,17 @@ def main(argv: list[str] | None = None) -> int:
             service.verification_s, service.load_s,
         )  # fmt: skip
 
+    def watched() -> list[Watched[Any]]:
+        catalogue = app.service.catalogue if app.service is not None else None
+        files = (keys, catalogue.watched if catalogue is not None else None)
+        return [file for file in files if file is not None]
+
     tasks: list[asyncio.Task[None]] = []
-    server = DrainingServer(
-        app, drain_s=arguments.drain_s, on_started=lambda server: tasks.append(asyncio.create_task(load(server)))
-    )
+
+    def start(server: DrainingServer) -> None:
+        tasks.extend(asyncio.create_task(work) for work in (load(server), keep_fresh(watched)))
+
+    server = DrainingServer(app, drain_s=arguments.drain_s, on_started=start)
     code = server.run_on(listener)
     if app.service is not None:
         app.service.close()

@@ -13,12 +13,14 @@ import orjson
 from endcap.errors import EndcapError, InputError
 from serving import asgi, impressions
 from serving.asgi import BodyTooLargeError, Headers, Receive, Scope, Send
+from serving.impressions import Keys
 from serving.server import oip
 from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
 from serving.server.recommend import Recommendation, parse_request
 from serving.server.service import OverloadedError, Priority, Service
+from serving.watched import Watched
 
 __all__ = ["Asked", "NotReadyError", "Replica", "ServerApp", "UnknownModelError", "status_of"]
 
@@ -83,7 +85,7 @@ class ServerApp:
         self,
         replica: Replica,
         *,
-        impression_key: bytes | None,
+        impression_key: bytes | Watched[Keys] | None,
         answers: AnswerLog | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
@@ -185,16 +187,20 @@ class ServerApp:
         request = parse_request(body, max_k=service.manifest.top_k)
         answer = await service.recommend(request, within_s=asked.within_s, priority=asked.priority)
         if answer.fallback is not None and not asked.shadow:
-            self.metrics.popular.inc()
+            self.metrics.fallbacks[answer.fallback].inc()
         token: str | None = None
         if self._key is not None and not asked.shadow:
+            key = self._key.value if isinstance(self._key, Watched) else self._key
             _, token = impressions.mint(
-                self._key, version=self._replica.version, shopper=request.shopper, now_s=self._now_s()
+                key, version=self._replica.version, shopper=request.shopper, now_s=self._now_s()
             )
-        return orjson.dumps({
+        document = {
             "items": answer.items, "scores": answer.scores, "version": self._replica.version,
             "impression": token, "fallback": answer.fallback,
-        }), answer  # fmt: skip
+        }  # fmt: skip
+        if answer.steps is not None:
+            document["explain"] = [step.to_json() for step in answer.steps]
+        return orjson.dumps(document), answer
 
     async def _infer(self, service: Service, path: str, body: bytes, asked: Asked) -> bytes:
         if self._model(service, path, "/infer") is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serving.server.recommend import FALLBACK_FILLED, FALLBACK_POPULAR
+
 __all__ = ["LATENCY_BUCKETS_S", "ROUTES", "ServerMetrics"]
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 ROUTES = ("recommend", "infer", "shadow")
 """``shadow``: copies of requests for recommendations, of whose answers no shopper sees anything."""
+FALLBACKS = (FALLBACK_POPULAR, FALLBACK_FILLED)
 OUTCOMES = ("answered", "refused", "failed", "timed_out", "shed")
 
 
@@ -33,7 +36,7 @@ class ServerMetrics:
             (route, outcome): attempts.labels(version, route, outcome) for route in ROUTES for outcome in OUTCOMES
         }
         self.latency = {route: latency.labels(version, route) for route in ROUTES}
-        self.popular = fallbacks.labels(version, "popular")
+        self.fallbacks = {reason: fallbacks.labels(version, reason) for reason in FALLBACKS}
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"endcap_server_{name}", text, ["version"], registry=self.registry).labels(version)

@@ -87,10 +87,11 @@ class ServerApp:
         *,
         impression_key: bytes | Watched[Keys] | None,
         answers: AnswerLog | None = None,
+        metrics: ServerMetrics | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.draining = False
-        self.metrics = ServerMetrics(replica.version)
+        self.metrics = metrics or ServerMetrics(replica.version)
         self._replica = replica
         self._key = impression_key
         self._answers = answers
@@ -118,6 +119,7 @@ class ServerApp:
         self.metrics.verification_s.set(service.verification_s)
         self.metrics.load_s.set(service.load_s)
         self.metrics.ready.set(1)
+        service.batcher.observer = self.metrics
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -223,6 +225,7 @@ class ServerApp:
             await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
         elif path == "/metrics":
             self.metrics.in_flight.set(0 if service is None else service.batcher.waiting)
+            self.metrics.admitted.set(0 if service is None else service.batcher.adaptive.limit)
             self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
         elif path in ("/v2", "/v2/"):

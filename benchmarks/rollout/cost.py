@@ -26,20 +26,20 @@ _LONG = replace(SPEC, steps=(Step(0.5, 10**9, 60, 10**9), Step(1, 500, 30, 3600)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of processor time a look of three objectives (evidence brought up to date, then decided).
+    """Microseconds of processor time a look of three objectives, of all looks where nothing else is said.
 
-    ``decide_us_*``: the tests and ``decide``. ``decide_us_p99``: of the quietest of twenty batches of looks, since
-    what else a machine does (caches, interrupts) is not the code's; ``decide_us_p99_all``: of all looks.
-    ``decision_us_p99_all``: of ``decide`` alone, of all looks.
-    ``with_intervals_us_*``: the confidence sequences for people too, of all looks.
+    ``decide_us_*``: of ``decide``. ``look_us_*``: the evidence brought up to date, then ``decide``; ``quietest``: in the
+    quietest of twenty batches of looks, since what else a machine does (caches, interrupts) is not the code's.
+    ``with_intervals_us_*``: the confidence sequences for people too.
     ``bytes_early``, ``bytes_late``: all that evidence and state hold after ``looks_early`` and ``looks_late`` looks.
     """
 
     looks: int
     decide_us_median: float
     decide_us_p99: float
-    decide_us_p99_all: float
-    decision_us_p99_all: float
+    look_us_median: float
+    look_us_p99_quietest: float
+    look_us_p99: float
     with_intervals_us_median: float
     with_intervals_us_p99: float
     looks_early: int
@@ -53,8 +53,9 @@ def measure(*, looks: int, late: int, seed: int) -> Cost:
     batches = np.array_split(np.array(timed), _BATCHES)
     with_intervals, _, _, _ = _fold(looks, looks, seed, intervals=True)
     return Cost(
-        looks, float(np.median(timed)), min(float(np.quantile(batch, 0.99)) for batch in batches),
-        float(np.quantile(timed, 0.99)), float(np.quantile(decisions, 0.99)),
+        looks, float(np.median(decisions)), float(np.quantile(decisions, 0.99)),
+        float(np.median(timed)), min(float(np.quantile(batch, 0.99)) for batch in batches),
+        float(np.quantile(timed, 0.99)),
         float(np.median(with_intervals)), float(np.quantile(with_intervals, 0.99)),
         100, early_bytes, late, late_bytes,
     )  # fmt: skip

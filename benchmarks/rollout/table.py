@@ -125,10 +125,10 @@ def _rest(document: Document) -> list[str]:
     if "look" in document:
         look = document["look"]
         lines.append(
-            f"- a look of three objectives, evidence and decision: median {look['decide_us_median']:.0f} µs of "
-            f"processor time, p99 {look['decide_us_p99']:.0f} in the quietest of 20 batches and "
-            f"{look['decide_us_p99_all']:.0f} in all, of it the decision {look['decision_us_p99_all']:.0f} (with the "
-            f"intervals for people {look['with_intervals_us_median']:.0f}, p99 {look['with_intervals_us_p99']:.0f}); "
+            f"- `decide`: median {look['decide_us_median']:.0f} µs of processor time, p99 {look['decide_us_p99']:.0f}; with "
+            f"the evidence of three objectives brought up to date: {look['look_us_median']:.0f}, p99 "
+            f"{look['look_us_p99_quietest']:.0f} in the quietest of 20 batches and {look['look_us_p99']:.0f} in all (with "
+            f"the intervals for people {look['with_intervals_us_median']:.0f}, p99 {look['with_intervals_us_p99']:.0f}); "
             f"memory after {look['looks_early']} looks {look['bytes_early']:,} bytes, after {look['looks_late']:,} "
             f"{look['bytes_late']:,}"
         )

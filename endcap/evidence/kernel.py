@@ -35,6 +35,7 @@ nonasymptotic confidence sequences", Ann. Stat. 49 (2021); Wald, *Sequential Ana
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ from numpy.typing import NDArray
 from endcap.errors import InputError
 from endcap.objectives import Objective
 
-__all__ = ["BETTER", "CONTROL", "FAIL", "GOAL", "PASS", "Bets", "BetsState", "Kernel", "State"]
+__all__ = ["BETTER", "CONTROL", "FAIL", "GOAL", "PASS", "Bets", "BetsState", "Kernel", "State", "put_in"]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -85,6 +86,11 @@ _BETTER_STEPS = ((0.03, 1.0), (0.06, 1.0), (0.12, 1.0), (0.24, 1.0), (0.5, 0.7),
 """How far beyond the line the alternatives lie, in log-odds, each with its weight: from a hint to a catastrophe."""
 _PASS_FRACTIONS = ((0.6, 0.3), (1.0, 0.7))
 """Where between the line (0) and control's own share (1) a canary that is good enough is supposed to be."""
+_FROM_THE_START = 0.9
+"""Of a fail bet's wealth, the part that is staked from the first look on. The rest is put in look by look
+(:func:`put_in`), so that a canary that was well for an hour and then breaks has not lost what is bet against it by
+then. A mixture over starting times is an e-process too; keeping the greater of what is left and what is put in, instead
+of their sum, only makes it less."""
 _CONTROL_WEIGHT = 0.55
 """Weight of "worse than control" in the mean of the two fail e-processes; "worse than its goal" has the rest."""
 
@@ -239,11 +245,13 @@ class State:
     usual_share: Floats
     peak: Floats
     """[..., objectives, 5]: the greatest value so far of each e-process: FAIL, CONTROL, GOAL, PASS, BETTER."""
+    looks: int = 0
 
     def copy(self) -> State:
         return State(
             self.bets.copy(), self.control_bad.copy(), self.control_total.copy(), self.recent_bad.copy(),
             self.recent_total.copy(), self.recent_canary.copy(), self.usual_share.copy(), self.peak.copy(),
+            self.looks,
         )  # fmt: skip
 
     def take(self, rows: NDArray[np.intp] | Bools) -> State:
@@ -251,6 +259,7 @@ class State:
         return State(
             self.bets.take(rows), self.control_bad[rows], self.control_total[rows], self.recent_bad[rows],
             self.recent_total[rows], self.recent_canary[rows], self.usual_share[rows], self.peak[rows],
+            self.looks,
         )  # fmt: skip
 
     @property
@@ -312,6 +321,7 @@ class Kernel:
         self._tests = [bet.test for bet in ordered]
         goal = self.bets_of(GOAL)
         self._goal_bets = slice(goal[0], goal[-1] + 1)
+        self._fail_bets = slice(0, goal[-1] + 1)
         self._is_goal = np.array([own == GOAL for own in self._tests])
         self._weights = np.zeros((len(ordered), 5))
         for index, bet in enumerate(ordered):
@@ -326,8 +336,10 @@ class Kernel:
 
     def start(self, batch: tuple[int, ...] = ()) -> State:
         shape = (*batch, len(self.objectives))
+        bets = self._bets.start(batch, self.bad_goals)
+        bets.log_e[..., self._fail_bets] = math.log(put_in(1))
         return State(
-            self._bets.start(batch, self.bad_goals), np.zeros(shape), np.zeros(shape), np.zeros(shape),
+            bets, np.zeros(shape), np.zeros(shape), np.zeros(shape),
             np.zeros(shape), np.zeros(shape), np.broadcast_to(self.bad_goals, shape).copy(), np.zeros((*shape, 5)),
         )  # fmt: skip
 
@@ -355,6 +367,10 @@ class Kernel:
         state.control_bad += control_bad
         state.control_total += control_total
         log_e = state.bets.log_e
+        state.looks += 1
+        if state.looks > 1:
+            failing = log_e[..., self._fail_bets]
+            np.maximum(failing, math.log(put_in(state.looks)), out=failing)
         log_e += gain
         np.minimum(log_e, self._greatest_log, out=log_e)
         np.maximum(state.peak, np.exp(log_e, out=gain) @ self._weights, out=state.peak)
@@ -387,6 +403,11 @@ class Kernel:
         if self.primary is not None:
             shown[..., self.primary] = state.peak[..., self.primary, BETTER] >= 1 / beta
         return np.asarray(shown)
+
+
+def put_in(look: int) -> float:
+    """What is put into each fail bet before ``look`` (from 1 on); over all looks it sums to 1."""
+    return _FROM_THE_START if look == 1 else (1 - _FROM_THE_START) / (look * (look - 1))
 
 
 def _any_false(flags: Bools) -> bool:

@@ -24,6 +24,8 @@ from serving.rollout.state import (
 
 __all__ = ["begin", "decide", "shares_of"]
 
+_COMPARISONS = 2
+"""How often a rollout goes back from all the traffic to compare again: outages end, a broken version does not."""
 _BEFORE_TRAFFIC = (Phase.GATING, Phase.PENDING, Phase.SHADOWING)
 
 
@@ -163,10 +165,14 @@ def _after_traffic_look(spec: RolloutSpec, state: State, look: Looked, now_s: fl
     elapsed_s = now_s - state.step_at_s
     enough = attempts >= step.min_requests and elapsed_s >= step.min_s
     if step.share == 1:
+        if look.troubled is not None:
+            return _compare_again(spec, state, look.troubled)
         # Observed, not wished: the old version goes only when it was seen to receive nothing any more.
         if enough and look.canary_new > 0 and look.control_new == 0:
             return _retire(spec, state, look.reason)
-    elif enough and (spec.steps[state.step + 1].share < 1 or look.verdict is Verdict.PASS):
+    elif enough and (spec.steps[state.step + 1].share < 1 or look.verdict is Verdict.PASS or state.by_hand):
+        if state.compared_again and look.troubled is not None and not state.by_hand:
+            return state.with_(waiting=f"not all the traffic again while {look.troubled}")
         return _grow(spec, state, state.step + 1, now_s)
     state = state.with_(waiting=None)  # what it waited for is not due any more
     if state.held_at_s is not None:
@@ -238,6 +244,22 @@ def _grow(spec: RolloutSpec, state: State, step: int, now_s: float) -> State:
     return state.with_(
         phase=Phase.GROWING, step=step, intent=tuple(intent), waiting=None, held_at_s=None, paused_at_s=None,
         reason=f"step {step + 1} of {len(spec.steps)}: {spec.steps[step].share:.0%}{by}",
+    )  # fmt: skip
+
+
+def _compare_again(spec: RolloutSpec, state: State, troubled: str) -> State:
+    """Canary misses a goal with nothing beside it: it is broken under all the traffic, or everything is broken.
+
+    Only traffic to the old version tells which, so it gets its part back, and the evidence decides again.
+    """
+    if state.compared_again >= _COMPARISONS:
+        return _back(spec, state, Outcome.HELD, f"again at 100%, with nothing to compare it with: {troubled}")
+    before = state.step - 1
+    shares = shares_of(spec, state, before)
+    return state.with_(
+        phase=Phase.GROWING, step=before, intent=(EnsureCapacity(shares), SetShares(shares)), waiting=None,
+        held_at_s=None, compared_again=state.compared_again + 1,
+        reason=f"back to {spec.steps[before].share:.0%}, to be compared again: {troubled}",
     )  # fmt: skip
 
 

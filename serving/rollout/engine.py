@@ -19,7 +19,7 @@ from endcap.objectives import Good, Objectives
 from serving.rollout.audit import Decision, decision_record
 from serving.rollout.decide import begin, decide
 from serving.rollout.events import Acted, ActFailed, Event, Gated, Looked, Received, ShadowSeen
-from serving.rollout.looks import Look, LookFold, shadow_strata
+from serving.rollout.looks import Lately, Look, LookFold, shadow_strata
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, RunGates, SetShadow, SetShares, State
 from serving.rollout.store import RolloutStore
@@ -337,6 +337,7 @@ class _Sight:
             if answered and spec.shadow is not None else None
         )  # fmt: skip
         self._shadow: ShadowObservation | None = None
+        self._lately = Lately(objectives)
 
     @property
     def received(self) -> Received:
@@ -345,6 +346,7 @@ class _Sight:
     def take(self, seen: Observation) -> Look:
         look = self._fold.fold(seen)
         self.evidence = self.evidence.update(look.strata)
+        self._lately.take(look)
         if look.split is not None:
             self._split = self._split.update(look.split.canary, look.split.total, look.split.share)
         if seen.shadow is not None and seen.shadow.version == self._canary:
@@ -365,6 +367,7 @@ class _Sight:
             control_new=0 if look is None else look.control_new,
             follows=self._follows(state),
             mismatch=self._mismatch(),
+            troubled=self._lately.troubled,
             shadow=self._shadow_seen(),
         )
 

@@ -43,6 +43,7 @@ class Looked:
 
     ``follows``: False when what canary received since its share was set was shown not to be that share.
     ``mismatch``: why the split of shoppers cannot be the one that was set; None while it can.
+    ``troubled``: which goal canary misses by far in these looks, whoever's fault that is; None while it misses none.
     """
 
     verdict: Verdict
@@ -52,6 +53,7 @@ class Looked:
     control_new: int = 0
     follows: bool = True
     mismatch: str | None = None
+    troubled: str | None = None
     shadow: ShadowSeen | None = None
 
 

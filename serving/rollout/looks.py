@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from endcap.objectives import Good, Objective, Objectives
 from serving.rollout.events import NOTHING_RECEIVED, Received
 from serving.targets.base import Observation, ShadowObservation, VersionObservation
 
-__all__ = ["Look", "LookFold", "Split", "observation_from_json", "observation_to_json", "shadow_strata"]
+__all__ = ["Lately", "Look", "LookFold", "Split", "observation_from_json", "observation_to_json", "shadow_strata"]
+
+_KEPT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,29 @@ class LookFold:
             return None
         total = sum(counts.total for (_, what), counts in new.items() if what == "shoppers")
         return Split(new.get((self._canary, "shoppers"), Counts()).total, total, self._share)
+
+
+class Lately:
+    """What canary did in about the last ten looks (exponentially weighted), held against the goals alone."""
+
+    def __init__(self, objectives: Objectives) -> None:
+        self._goals = {objective.name: objective.goal for objective in objectives.objectives}
+        self._seen = dict.fromkeys(self._goals, (0.0, 0.0))
+
+    def take(self, look: Look) -> None:
+        for name, stratum in look.strata.items():
+            bad, total = self._seen[name]
+            counts = stratum.canary
+            self._seen[name] = (bad * _KEPT + counts.total - counts.good, total * _KEPT + counts.total)
+
+    @property
+    def troubled(self) -> str | None:
+        """Which goal is missed by more than chance explains (five standard deviations and two events)."""
+        for name, (bad, total) in self._seen.items():
+            due = (1 - self._goals[name]) * total
+            if bad > due + 5 * math.sqrt(due) + 2:
+                return f"{name} is {1 - bad / total:.1%} of late, its goal {self._goals[name]:.4g}"
+        return None
 
 
 def _counter(objective: Objective) -> str:

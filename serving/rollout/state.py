@@ -88,6 +88,7 @@ class State:
     was paused is taken out. ``step_from``: what had been received by then. ``held_at_s``: when holding began.
     ``waiting``: why it does not go on although it could; None while it may.
     ``approved``: the last step (from 1) that a person let begin. ``by_hand``: who promoted it without the evidence.
+    ``compared_again``: how often it went back from all the traffic to the step before, to be compared again.
     ``seq``: decisions taken so far. ``commands``: commands of people consumed so far.
     """
 
@@ -107,6 +108,7 @@ class State:
     waiting: str | None = None
     approved: int = 0
     by_hand: str | None = None
+    compared_again: int = 0
     seq: int = 0
     commands: int = 0
 
@@ -129,7 +131,8 @@ class State:
             "intent": [_action_to_json(action) for action in self.intent],
             "verdict": self.outcome, "reason": self.reason, "ended_at_s": self.ended_at_s,
             "held_at_s": self.held_at_s, "paused_at_s": self.paused_at_s, "waiting": self.waiting,
-            "approved": self.approved, "by_hand": self.by_hand, "seq": self.seq, "commands": self.commands,
+            "approved": self.approved, "by_hand": self.by_hand,
+            "compared_again": self.compared_again, "seq": self.seq, "commands": self.commands,
         }  # fmt: skip
 
     @staticmethod
@@ -151,6 +154,7 @@ class State:
                 ended_at_s=_time(document["ended_at_s"]), held_at_s=_time(document["held_at_s"]),
                 paused_at_s=_time(document["paused_at_s"]), waiting=None if waiting is None else str(waiting),
                 approved=int(document["approved"]), by_hand=None if by_hand is None else str(by_hand),
+                compared_again=int(document["compared_again"]),
                 seq=int(document["seq"]), commands=int(document["commands"]),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from endcap.errors import InputError
 from endcap.evidence import Counts, Evidence, Intervals, Judgement, Kernel, SplitTest, Stratum, Verdict, share_follows
-from endcap.evidence.kernel import BETTER, CONTROL, FAIL, GOAL, PASS, State
+from endcap.evidence.kernel import BETTER, CONTROL, FAIL, GOAL, PASS, State, put_in
 from endcap.objectives import Good, Objective, Objectives
 
 AVAILABILITY = Objective("availability", 0.999, Good.ANSWERED, None, None, 0.01, None)
@@ -69,6 +69,9 @@ def test_no_bet_has_an_expectation_above_one_wherever_its_hypothesis_holds(
         "pass": (kernel.bets_of(PASS), line + (1 - line) * truth if line < 1 else None),
         "better": (kernel.bets_of(BETTER), control + (1 - control) * truth),
     }
+    staked = start.bets.log_e[0].copy()
+    failing = kernel.bets_of(CONTROL) + kernel.bets_of(GOAL)
+    staked[failing] = np.maximum(staked[failing], math.log(put_in(start.looks + 1)))
     for bets, canary in tests.values():
         if canary is None:
             continue  # nothing is that much worse: the hypothesis is empty here
@@ -76,7 +79,7 @@ def test_no_bet_has_an_expectation_above_one_wherever_its_hypothesis_holds(
         for k, c in itertools.product(range(n_control + 1), range(n_canary + 1)):
             state = start.copy()
             kernel.update(state, *(np.array([float(v)]) for v in (c, n_canary, k, n_control)))
-            gain = np.exp(state.bets.log_e[0, bets] - start.bets.log_e[0, bets])
+            gain = np.exp(state.bets.log_e[0, bets] - staked[bets])
             expectation += binomial(n_control, k, control) * binomial(n_canary, c, canary) * gain
         assert expectation.max() <= 1 + 1e-6
 
@@ -222,6 +225,24 @@ def test_a_margin_wider_than_control_s_own_share_fails_nobody() -> None:
     for _ in range(100):
         evidence = evidence.update({"click-through": Stratum(Counts(5, 100), Counts(5, 100))})
     assert evidence.verdict is Verdict.PASS
+
+
+def test_what_is_put_into_a_bet_over_all_looks_is_one_stake() -> None:
+    assert sum(put_in(look) for look in range(1, 100_000)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("healthy_looks", [10, 600, 3600])
+def test_a_canary_that_breaks_after_a_long_healthy_time_is_found_nearly_as_soon_as_a_new_one(
+    healthy_looks: int,
+) -> None:
+    good, broken = Stratum(Counts(100, 100), Counts(100, 100)), Stratum(Counts(80, 100), Counts(100, 100))
+    evidence = Evidence.start(only(AVAILABILITY), alpha=0.01, intervals=False)
+    for _ in range(healthy_looks):
+        evidence = evidence.update({"availability": good})
+    assert evidence.verdict is Verdict.PASS
+    for _ in range(3):
+        evidence = evidence.update({"availability": broken})
+    assert evidence.verdict is Verdict.FAIL
 
 
 def test_no_data_is_never_a_pass() -> None:

@@ -353,6 +353,65 @@ def test_the_old_version_stays_while_it_still_receives_anything(tmp_path: Path) 
     assert target.shares == {"1": 1.0}
 
 
+class Overloaded(SimulatedTarget):
+    """``breaks``: which versions fail, given the shares that are set."""
+
+    breaks = staticmethod(lambda shares, label: label == "2" and shares == {"2": 1.0})
+
+    def _behaviour(self, label: str) -> Behaviour:
+        broken = self.breaks(self.shares, label)
+        return replace(self.behaviours[label], answered=0.7) if broken else self.behaviours[label]
+
+
+def test_a_version_that_breaks_only_under_all_the_traffic_is_never_left_with_it(tmp_path: Path) -> None:
+    clock = SimulatedClock()
+    filled: list[float] = []
+
+    class Filled(Overloaded):
+        """It takes twenty seconds of all the traffic until its queue is full."""
+
+        def breaks(self, shares: Mapping[str, float], label: str) -> bool:  # type: ignore[override]
+            if shares != {"2": 1.0}:
+                filled.clear()
+                return False
+            filled.append(clock.now_s())
+            return clock.now_s() - filled[0] > 20
+
+    target = Filled({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, clock, 200.0)
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=(*SPEC.steps[:3], Step(1.0, 100, 100, 600))))
+    assert result.outcome is Outcome.HELD
+    assert "again at 100%, with nothing to compare it with: availability" in result.reason
+    assert target.shares == {"1": 1.0}
+    assert target.log.count("shares 2=1") == 3
+
+
+def test_a_version_that_breaks_at_the_end_for_good_is_rolled_back_once_it_is_compared_again(tmp_path: Path) -> None:
+    clock = SimulatedClock()
+
+    class Broken(Overloaded):
+        breaks = staticmethod(lambda shares, label: label == "2" and clock.now_s() > 1_060)
+
+    target = Broken({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, clock, 200.0)
+    steps = (*SPEC.steps[:3], Step(1.0, 100, 200, 600))
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=steps))
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert "shares 2=1" in target.log
+    assert target.shares == {"1": 1.0}
+
+
+def test_an_outage_of_everything_while_canary_has_everything_costs_it_nothing(tmp_path: Path) -> None:
+    clock = SimulatedClock()
+
+    class Outage(Overloaded):
+        breaks = staticmethod(lambda shares, label: 1_060 < clock.now_s() < 1_100)
+
+    target = Outage({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, clock, 200.0)
+    steps = (*SPEC.steps[:3], Step(1.0, 100, 100, 600))
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=steps))
+    assert result.outcome is Outcome.PROMOTED
+    assert any(line["reason"].startswith("back to 50%") for line in read_json_lines(tmp_path / "decisions.jsonl"))
+
+
 def test_a_split_of_shoppers_that_cannot_be_the_one_that_was_set_stops_the_analysis(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1))
     target.shoppers_follow = lambda shares: {**shares, "2": shares.get("2", 0.0) * 0.5}

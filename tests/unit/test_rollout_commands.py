@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 
 from endcap.cli.main import app
-from endcap.cli.rolling import _Counted
 from endcap.cli.standing import read_standing
-from endcap.errors import BusyError, EndcapError, InputError, OutcomeError, SourceError, StateError, TargetError
-from endcap.evidence import Counts
+from endcap.errors import BusyError, EndcapError, InputError, OutcomeError, StateError, TargetError
 from endcap.files import FolderLock, read_json_lines
 from endcap.objectives import load_objectives
 from serving.rollout.commands import ask, engine_runs, step_waiting
@@ -28,7 +26,6 @@ from serving.rollout.events import Command
 from serving.rollout.spec import RolloutSpec, Step, load_rollout
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import COMMANDS_FILE, DECISIONS_FILE, STATE_FILE, RolloutStore, load_state
-from serving.sources import Reading
 from tests.simulated import CANARY, OBJECTIVES, SPEC, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 PACKAGES = {"1": Path("one"), "2": Path("two")}
@@ -446,23 +443,6 @@ def test_objectives_that_are_counted_elsewhere_need_an_address(files: Path, loca
     (files / "rollout.yaml").write_text("\n".join(ROLLOUT.splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="'basket' is counted by Prometheus"):
         begin_with(files, "--objectives", files / "objectives.yaml", "--folder", files / "other")
-
-
-def test_a_source_that_counted_nothing_says_why_and_one_that_counted_some_counts() -> None:
-    class Read:
-        reading = Reading({}, {"prometheus": "HTTP 500"})
-
-        def read(self, now_s: float) -> Reading:
-            return self.reading
-
-    sources = Read()
-    counted = _Counted(sources)  # type: ignore[arg-type]
-    with pytest.raises(SourceError, match="prometheus: HTTP 500"):
-        counted.read(1.0)
-    sources.reading = Reading({"basket": {"2": Counts(1, 2)}}, {"other": "no samples"})
-    assert counted.read(1.0) == {"basket": {"2": Counts(1, 2)}}
-    sources.reading = Reading({}, {})
-    assert counted.read(1.0) == {}
 
 
 # ---- reading ----

@@ -36,7 +36,8 @@ shadows = st.none() | st.builds(
 )
 looks = st.builds(
     Looked, st.sampled_from(Verdict), st.just("because"), received, st.integers(0, 500), st.integers(0, 500),
-    st.booleans() | st.just(True), st.none() | st.none() | st.just("mismatch"), shadows,
+    st.booleans() | st.just(True), st.none() | st.none() | st.just("mismatch"),
+    st.none() | st.none() | st.just("troubled"), shadows,
 )  # fmt: skip
 acts = st.one_of(
     st.builds(Acted, received), st.builds(ActFailed, st.just("no room"), st.booleans(), received),
@@ -156,11 +157,24 @@ def test_nothing_grows_in_a_freeze_or_while_paused_unless_a_person_promotes(
     spec: RolloutSpec, events: list[tuple[Event, float]]
 ) -> None:
     for before, _, now_s, after in states(spec, events):
-        grew = after.phase is Phase.GROWING and before.phase is not Phase.GROWING
+        first = before.phase in (Phase.GATING, Phase.PENDING, Phase.SHADOWING)
+        grew = after.phase is Phase.GROWING and (first or after.step > before.step)
         if grew and after.by_hand is None:
             assert before.paused_at_s is None
             assert not (spec.freeze and 200 <= now_s < 400)
             assert not spec.steps[after.step].approval or after.approved > after.step
+
+
+@given(specs, happening)
+def test_what_cannot_be_compared_goes_back_a_step_at_most_twice(
+    spec: RolloutSpec, events: list[tuple[Event, float]]
+) -> None:
+    found = states(spec, events)
+    back = [after for before, _, _, after in found if after.step < before.step]
+    assert len(back) <= 2
+    for state in back:
+        assert state.step == len(spec.steps) - 2
+        assert state.intent == (EnsureCapacity(state.intent[0].shares), SetShares(state.intent[0].shares))  # type: ignore[union-attr]
 
 
 @given(specs, happening)

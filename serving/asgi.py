@@ -19,8 +19,8 @@ import uvicorn
 from endcap.errors import EndcapError, InputError, from_os_error
 
 __all__ = [
-    "MAX_BODY_BYTES", "App", "BodyTooLargeError", "DrainingServer", "Headers", "Receive", "Scope", "Send",
-    "error_body", "listen", "one_line", "read_body", "send_answer",
+    "MAX_BODY_BYTES", "App", "BodyTooLargeError", "DrainingServer", "EncodedBodyError", "Headers", "Receive", "Scope",
+    "Send", "error_body", "listen", "one_line", "read_body", "send_answer",
 ]  # fmt: skip
 
 MAX_BODY_BYTES = 256 * 1024
@@ -43,16 +43,24 @@ class BodyTooLargeError(InputError):
     """A request body over the limit: 413."""
 
 
+class EncodedBodyError(InputError):
+    """A compressed request body: 415. What a few bytes unfold to could not be bounded."""
+
+
 async def read_body(scope: Scope, receive: Receive, *, limit: int = MAX_BODY_BYTES) -> bytes:
     """The request's body.
 
     Raises:
         BodyTooLargeError: it is, or says it is, larger than ``limit``; no more than that was kept.
+        EncodedBodyError: it is compressed.
         ConnectionError: the client went away.
     """
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and int(value) > limit:
             raise _too_large(limit)
+        if name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            raise EncodedBodyError("compressed bodies are not taken", where="Content-Encoding",
+                                   next_step="send the body as it is")  # fmt: skip
     message = await receive()
     if message["type"] != "http.request":
         raise ConnectionError

@@ -12,12 +12,13 @@ import orjson
 
 from endcap.errors import EndcapError, InputError
 from serving import asgi, impressions
-from serving.asgi import BodyTooLargeError, Headers, Receive, Scope, Send
+from serving.asgi import BodyTooLargeError, EncodedBodyError, Headers, Receive, Scope, Send
 from serving.impressions import Keys
-from serving.server import oip
+from serving.server import oip, tensor_routes
 from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
+from serving.server.oip import UnknownModelError
 from serving.server.recommend import Recommendation, parse_request
 from serving.server.service import OverloadedError, Priority, Service
 from serving.watched import Watched
@@ -129,8 +130,8 @@ class ServerApp:
         if path == RECOMMEND_PATH:
             asked = Asked.of(scope)
             await self._measured("shadow" if asked.shadow else "recommend", asked, scope, receive, send)
-        elif path.startswith("/v2/models/") and path.endswith("/infer"):
-            await self._measured("infer", Asked.of(scope), scope, receive, send)
+        elif (route := tensor_routes.route_of(path)) is not None:
+            await self._measured(route, Asked.of(scope), scope, receive, send)
         else:
             await self._look(path, scope, send)
 
@@ -144,6 +145,7 @@ class ServerApp:
         begun_s = time.perf_counter()
         recommended = _NOTHING
         more: Headers = ()
+        content_type = b"application/json"
         try:
             if scope["method"] != "POST":
                 await self._send(send, 405, self._error(route, _method_error("POST")), (b"allow", b"POST"))
@@ -155,8 +157,9 @@ class ServerApp:
             service.admit(asked.priority)  # what would be turned away is not even read
             body = await asgi.read_body(scope, receive)
             begun_s = time.perf_counter()
-            if route == "infer":
-                answer = await self._infer(service, scope["path"], body, asked)
+            if route in tensor_routes.ROUTES:
+                found = await tensor_routes.ask(route, service, scope, body, asked, version=self._replica.version)
+                answer, more, content_type = found.body, found.headers, found.content_type
             else:
                 answer, recommended = await self._recommend(service, body, asked)
             status, outcome = 200, "answered"
@@ -173,11 +176,11 @@ class ServerApp:
             log.error("%s failed by a fault of the server: %s", route, type(error).__name__)
             status, outcome = 500, "failed"
             answer = self._error(route, EndcapError("a fault of the server", where=route))
-        await self._send(send, status, answer, *more)
+        await self._send(send, status, answer, *more, content_type=content_type)
         self.metrics.attempts[route, outcome].inc()
         took_s = time.perf_counter() - begun_s
         self.metrics.latency[route].observe(took_s)
-        if self._answers is not None and asked.compared and asked.request_id and route != "infer":
+        if self._answers is not None and asked.compared and asked.request_id and route not in tensor_routes.ROUTES:
             self._answers.add(LoggedAnswer(asked.request_id, self._replica.version, asked.shadow, status,
                                            round(took_s * 1000, 3), recommended.items, recommended.scores))  # fmt: skip
 
@@ -204,14 +207,6 @@ class ServerApp:
             document["explain"] = [step.to_json() for step in answer.steps]
         return orjson.dumps(document), answer
 
-    async def _infer(self, service: Service, path: str, body: bytes, asked: Asked) -> bytes:
-        if self._model(service, path, "/infer") is None:
-            raise UnknownModelError("no such model", where=path, next_step=f"ask for {service.manifest.name}")
-        request = oip.parse_infer(body, service.manifest)
-        service.check(request.inputs)
-        outputs = await service.infer(request.inputs, within_s=asked.within_s, priority=asked.priority)
-        return oip.format_answer(request, outputs, service.manifest, version=self._replica.version)
-
     async def _look(self, path: str, scope: Scope, send: Send) -> None:
         """Health, metadata and metrics: cheap, never waiting for the graph."""
         if scope["method"] not in ("GET", "HEAD"):
@@ -230,33 +225,24 @@ class ServerApp:
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
         elif path in ("/v2", "/v2/"):
             await self._send(send, 200, oip.server_metadata(self._replica.version))
+        elif path == "/":
+            await self._send(send, 200, b'{"status":"alive"}')
         elif service is None:
             await self._send(send, 503, oip.error_text(NotReadyError("the model is being verified and loaded")))
-        elif self._model(service, path, "/ready") is not None:
-            await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
-        elif self._model(service, path, "") is not None:
-            await self._send(send, 200, oip.metadata(service.manifest, version=self._replica.version))
+        elif (
+            found := tensor_routes.look(path, service.manifest, version=self._replica.version, ready=ready)
+        ) is not None:
+            await self._send(send, found.status, found.body)
         else:
             await self._send(send, 404, oip.error_text(InputError("no such path", where=path)))
 
-    def _model(self, service: Service, path: str, verb: str) -> str | None:
-        """The model's name when ``path`` is ``/v2/models/{name}[/versions/{version}]{verb}`` of ours."""
-        name, version = service.manifest.name, self._replica.version
-        if path in (f"/v2/models/{name}{verb}", f"/v2/models/{name}/versions/{version}{verb}"):
-            return name
-        return None
-
     @staticmethod
     def _error(route: str, error: EndcapError) -> bytes:
-        return oip.error_text(error) if route == "infer" else asgi.error_body(error)
+        return oip.error_text(error) if route in tensor_routes.ROUTES else asgi.error_body(error)
 
 
 class NotReadyError(EndcapError):
     """Nothing is loaded yet."""
-
-
-class UnknownModelError(InputError):
-    """A model that this server does not hold: 404."""
 
 
 def _method_error(allowed: str) -> InputError:
@@ -273,6 +259,8 @@ def status_of(error: EndcapError) -> tuple[int, str]:
     match error:
         case BodyTooLargeError():
             return 413, "refused"
+        case EncodedBodyError():
+            return 415, "refused"
         case UnknownModelError():
             return 404, "refused"
         case InputError():

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import grpc  # type: ignore[import-untyped]
     import grpc.aio  # type: ignore[import-untyped]
 
-__all__ = ["Backend", "GrpcInfer", "GrpcServer", "NoSuchModelError", "Servable", "format_infer", "parse_infer"]
+__all__ = ["Backend", "GrpcInfer", "GrpcServer", "Servable", "format_infer", "parse_infer"]
 
 log = logging.getLogger("serving.server")
 
@@ -61,10 +61,6 @@ _ASKED_OF_HEALTH = (b"", b"\x0a\x00", b"\x0a" + bytes([len(grpc_messages.SERVICE
 
 _InferRequest = grpc_messages.message("ModelInferRequest")
 _InferResponse = grpc_messages.message("ModelInferResponse")
-
-
-class NoSuchModelError(InputError):
-    """A model or version that this server does not hold."""
 
 
 class Servable(Protocol):
@@ -120,7 +116,7 @@ def parse_infer(body: bytes, manifest: Manifest, *, version: str) -> GrpcInfer:
     """A ``ModelInferRequest`` against the manifest's schema.
 
     Raises:
-        NoSuchModelError: another model, or another version of it.
+        UnknownModelError: another model, or another version of it.
         InputError: no such message, or not what the schema takes.
     """
     try:
@@ -128,7 +124,7 @@ def parse_infer(body: bytes, manifest: Manifest, *, version: str) -> GrpcInfer:
     except DecodeError as error:
         raise InputError("the message is not a ModelInferRequest", where="body",
                          next_step="send inference.ModelInferRequest") from error  # fmt: skip
-    check_model(request.model_name, request.model_version, manifest, version)
+    oip.check_model(request.model_name, request.model_version, manifest, version)
     if len(request.id) > oip.MAX_ID_CHARS:
         raise InputError(f"id must be a string of at most {oip.MAX_ID_CHARS} characters", where="id")
     raws = request.raw_input_contents
@@ -164,17 +160,6 @@ def parse_infer(body: bytes, manifest: Manifest, *, version: str) -> GrpcInfer:
         missing = next(spec.name for spec in specs if spec.name not in inputs)
         raise InputError(f"input {missing} is missing", where="inputs", next_step=oip.send_names(specs))
     return GrpcInfer(request.id, inputs, _wanted(request, manifest), bool(raws))
-
-
-def check_model(name: str, version: str, manifest: Manifest, ours: str) -> None:
-    """Refuse another model, or another version of it.
-
-    Raises:
-        NoSuchModelError: it is one.
-    """
-    if name != manifest.name or version not in ("", ours):
-        raise NoSuchModelError("no such model or version", where="model_name" if name != manifest.name else "version",
-                               next_step=f"ask for {manifest.name}, version {ours} or none")  # fmt: skip
 
 
 def _wanted(request: Any, manifest: Manifest) -> tuple[str, ...] | None:
@@ -314,7 +299,7 @@ class GrpcServer:
         return guarded
 
     def _status_of(self, error: EndcapError) -> tuple[int, str]:
-        return (404, "refused") if isinstance(error, NoSuchModelError) else self._backend.status_of(error)
+        return self._backend.status_of(error)
 
     async def _abort(self, context: Any, status: int, error: EndcapError) -> bytes:
         import grpc
@@ -345,7 +330,7 @@ class GrpcServer:
 
         async def model_ready(body: bytes, _: Any) -> bytes:
             asked = request("ModelReady", body)
-            check_model(asked.name, asked.version, backend.servable().manifest, backend.version)
+            oip.check_model(asked.name, asked.version, backend.servable().manifest, backend.version)
             return response("ModelReady", ready=backend.ready)
 
         async def server_metadata(body: bytes, _: Any) -> bytes:
@@ -355,7 +340,7 @@ class GrpcServer:
         async def model_metadata(body: bytes, _: Any) -> bytes:
             asked = request("ModelMetadata", body)
             manifest = backend.servable().manifest
-            check_model(asked.name, asked.version, manifest, backend.version)
+            oip.check_model(asked.name, asked.version, manifest, backend.version)
             inputs, outputs = (
                 [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
                 for specs in (manifest.inputs, manifest.outputs)
@@ -382,7 +367,7 @@ class GrpcServer:
     async def _health(self, body: bytes, _: Any) -> bytes:
         """grpc.health.v1.Health/Check, of the server or of the inference service."""
         if body not in _ASKED_OF_HEALTH:
-            raise NoSuchModelError("no such service", where="service",
+            raise oip.UnknownModelError("no such service", where="service",
                                    next_step=f"ask for {grpc_messages.SERVICE}")  # fmt: skip
         return _SERVING if self._backend.ready else _NOT_SERVING
 

@@ -22,7 +22,8 @@ from endcap.package import Manifest, TensorSpec
 from serving.server import tensors
 
 __all__ = [
-    "BINARY_HEADER", "InferRequest", "error_text", "format_answer", "header_length", "metadata", "parse_infer",
+    "BINARY_HEADER", "InferRequest", "UnknownModelError", "check_model", "error_text", "format_answer",
+    "header_length", "metadata", "parse_infer",
     "send_names", "server_metadata", "split_answer",
 ]  # fmt: skip
 
@@ -33,6 +34,10 @@ _SEND_TENSORS = 'send {"inputs": [{"name": ..., "shape": [...], "datatype": ...,
 _NO_PARAMETERS: Mapping[str, Any] = {}
 
 
+class UnknownModelError(InputError):
+    """A model, or a version of it, that this server does not hold: 404."""
+
+
 @dataclass(frozen=True, slots=True)
 class InferRequest:
     """``outputs``: names asked for, or None for all. ``binary``: names of those that are answered as raw bytes."""
@@ -41,6 +46,17 @@ class InferRequest:
     inputs: dict[str, NDArray[Any]]
     outputs: tuple[str, ...] | None
     binary: frozenset[str] = frozenset()
+
+
+def check_model(name: str, version: str, manifest: Manifest, ours: str) -> None:
+    """Refuse another model than the manifest's, or another version than ``ours``. An empty version is any.
+
+    Raises:
+        UnknownModelError: it is one.
+    """
+    if name != manifest.name or version not in ("", ours):
+        raise UnknownModelError("no such model or version", where="model" if name != manifest.name else "version",
+                                next_step=f"ask for {manifest.name}, version {ours} or none")  # fmt: skip
 
 
 def header_length(headers: Sequence[tuple[bytes, bytes]]) -> int | None:

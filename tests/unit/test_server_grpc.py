@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest, Task, TensorSpec, Variant
 from serving.server import grpc_messages, tensors
-from serving.server.grpc_server import GrpcInfer, GrpcServer, NoSuchModelError, format_infer, parse_infer
+from serving.server.grpc_server import GrpcInfer, GrpcServer, format_infer, parse_infer
+from serving.server.oip import UnknownModelError
 
 Request = grpc_messages.message("ModelInferRequest")
 Response = grpc_messages.message("ModelInferResponse")
@@ -137,7 +138,7 @@ def test_fp16_is_raw_whatever_the_request_was() -> None:
         ({}, {"raw_input_contents": [b""]}, "inputs.0.contents"),
         ({"contents": None}, {"raw_input_contents": [b"1"]}, "raw_input_contents.0"),
         ({}, {"id": "i" * 300}, "id"),
-        ({}, {"model_name": "other"}, "model_name"),
+        ({}, {"model_name": "other"}, "model"),
         ({}, {"model_version": "8"}, "version"),
         ({}, {"inputs": []}, "inputs"),
         ({}, {"inputs": [tensor(), tensor()]}, "inputs.1"),
@@ -212,6 +213,8 @@ class Echo:
         raise InputError("never", where="model_name")
 
     def status_of(self, error: EndcapError) -> tuple[int, str]:
+        if isinstance(error, UnknownModelError):
+            return 404, "refused"
         if isinstance(error, InputError):
             return 400, "refused"
         return (401, "refused") if error.where == "authorization" else (503, "shed")
@@ -262,7 +265,7 @@ def test_a_server_answers_every_method() -> None:
         assert read("ServerLiveResponse", await call("ServerLive", b"")).live
         assert read("ModelReadyResponse", await call("ModelReady", of_model)).ready
         assert await refused(call("ModelReady", of_other)) == (
-            "NOT_FOUND", "model_name: no such model or version; next: ask for echo, version 7 or none",
+            "NOT_FOUND", "model: no such model or version; next: ask for echo, version 7 or none",
         )  # fmt: skip
         server = read("ServerMetadataResponse", await call("ServerMetadata", b""))
         assert (server.name, server.version, list(server.extensions)) == ("endcap", "7", ["binary_tensor_data"])
@@ -344,5 +347,5 @@ def test_a_port_in_use_is_said() -> None:
 
 
 def test_another_model_is_an_error_of_its_own() -> None:
-    with pytest.raises(NoSuchModelError):
+    with pytest.raises(UnknownModelError):
         parse(tensor(), model_name="other")

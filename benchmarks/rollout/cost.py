@@ -28,8 +28,8 @@ _LONG = replace(SPEC, steps=(Step(0.5, 10**9, 60, 10**9), Step(1, 500, 30, 3600)
 class Cost:
     """Microseconds of processor time a look of three objectives, of all looks where nothing else is said.
 
-    ``decide_us_*``: of ``decide``. ``look_us_*``: the evidence brought up to date, then ``decide``; ``quietest``: in the
-    quietest of twenty batches of looks, since what else a machine does (caches, interrupts) is not the code's.
+    ``decide_us_*``: of ``decide``. ``look_us_*``: the evidence brought up to date, then ``decide``; ``quietest``: in
+    the quietest of twenty batches of looks, since what else a machine does is not the code's.
     ``with_intervals_us_*``: the confidence sequences for people too.
     ``bytes_early``, ``bytes_late``: all that evidence and state hold after ``looks_early`` and ``looks_late`` looks.
     """

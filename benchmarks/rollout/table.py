@@ -125,12 +125,12 @@ def _rest(document: Document) -> list[str]:
     if "look" in document:
         look = document["look"]
         lines.append(
-            f"- `decide`: median {look['decide_us_median']:.0f} µs of processor time, p99 {look['decide_us_p99']:.0f}; with "
-            f"the evidence of three objectives brought up to date: {look['look_us_median']:.0f}, p99 "
-            f"{look['look_us_p99_quietest']:.0f} in the quietest of 20 batches and {look['look_us_p99']:.0f} in all (with "
-            f"the intervals for people {look['with_intervals_us_median']:.0f}, p99 {look['with_intervals_us_p99']:.0f}); "
-            f"memory after {look['looks_early']} looks {look['bytes_early']:,} bytes, after {look['looks_late']:,} "
-            f"{look['bytes_late']:,}"
+            f"- `decide`: median {look['decide_us_median']:.0f} µs of processor time, p99 "
+            f"{look['decide_us_p99']:.0f}; with the evidence of three objectives brought up to date: "
+            f"{look['look_us_median']:.0f}, p99 {look['look_us_p99_quietest']:.0f} in the quietest of 20 batches and "
+            f"{look['look_us_p99']:.0f} in all (with the intervals for people {look['with_intervals_us_median']:.0f}, "
+            f"p99 {look['with_intervals_us_p99']:.0f}); memory after {look['looks_early']} looks "
+            f"{look['bytes_early']:,} bytes, after {look['looks_late']:,} {look['bytes_late']:,}"
         )
     if "replayed" in document:
         lines.append(f"- {document['replayed']} of these runs were judged again by `Evidence` and `decide`: identical")

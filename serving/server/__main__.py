@@ -1,4 +1,4 @@
-"""``python -m serving.server``: one process, one replica, one package."""
+"""``python -m serving.server``: one replica of one package, in one process or in several on one port."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from endcap.errors import EndcapError, InputError
 from endcap.processes import bind_to_parent
 from serving import impressions
 from serving.asgi import DrainingServer, listen, one_line
+from serving.server import workers
 from serving.server.answers import AnswerLog
 from serving.watched import Watched, keep_fresh
 
@@ -28,6 +30,16 @@ def _label(text: str) -> str:
     if _LABEL.fullmatch(text) is None:
         raise argparse.ArgumentTypeError("1 to 64 letters, digits, dots, dashes or underscores")
     return text
+
+
+def _thresholds(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(found) > 32 or not all(0 < threshold < 3.6e6 for threshold in found):
+        raise argparse.ArgumentTypeError("1 to 32 milliseconds above 0, with commas between")
+    return found
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -47,7 +59,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto",
                         help="what runs the graph; auto: CUDA where onnxruntime offers it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="runs of the graph at the same time")
-    parser.add_argument("--threads", type=int, default=0, help="of one run; default: the cores given over --workers")
+    parser.add_argument("--threads", type=int, default=0,
+                        help="of one run; default: the cores given over --workers and --processes")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="worker processes on the one port")
+    parser.add_argument("--thresholds-ms", type=_thresholds, default=(), metavar="MS,...",
+                        help="the objectives' latency thresholds: edges of the latency histograms")  # fmt: skip
     parser.add_argument("--max-rows", type=int, default=64, help="of a batch")
     parser.add_argument("--max-tokens", type=int, default=16384, help="of a batch: its rows times its longest row")
     parser.add_argument("--max-wait-ms", type=float, default=2.0,
@@ -64,55 +80,53 @@ def main(argv: list[str] | None = None) -> int:
     begun_s = time.monotonic()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     arguments = _arguments(argv)
+    several = arguments.processes > 1
     try:
         keys = impressions.watched_keys(arguments.impression_key) if arguments.impression_key else None
-        if min(arguments.workers, arguments.timeout_s, arguments.max_waiting, arguments.max_rows,
-               arguments.max_tokens) <= 0 or min(arguments.threads, arguments.max_wait_ms) < 0:  # fmt: skip
-            raise InputError("--workers, --timeout-s, --max-waiting, --max-rows and --max-tokens must be above 0, "
-                             "--threads and --max-wait-ms not below")  # fmt: skip
-        listener = listen(arguments.host, arguments.port)
+        _check(arguments)
+        if several:
+            sockets = workers.bind_all(arguments.host, arguments.port, arguments.processes)
+        else:
+            sockets = [listen(arguments.host, arguments.port)]
         answers = AnswerLog(arguments.answers) if arguments.answers else None
     except EndcapError as error:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
 
-    import prometheus_client
-
     from serving.server.app import Replica, ServerApp
-    from serving.server.engine import cores
+    from serving.server.engine import cores, on_gpu
+    from serving.server.metrics import ServerMetrics
     from serving.server.service import Limits, Service, load_service
 
-    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    threads = arguments.threads or max(1, cores() // arguments.workers)
+    given = max(1, cores() // arguments.processes)
+    threads = arguments.threads or max(1, given // arguments.workers)
     limits = Limits(
-        workers=arguments.workers, lanes=max(1, min(arguments.workers, cores() // threads)),
+        workers=arguments.workers, lanes=max(1, min(arguments.workers, given // threads)),
         timeout_s=arguments.timeout_s, max_rows=arguments.max_rows, max_tokens=arguments.max_tokens,
         max_wait_s=arguments.max_wait_ms / 1000, max_waiting=arguments.max_waiting,
     )  # fmt: skip
-    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers)
+    metrics = ServerMetrics(arguments.version, thresholds_s=[one / 1000 for one in arguments.thresholds_ms],
+                            processes=arguments.processes)  # fmt: skip
+    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers, metrics=metrics)
 
-    async def load(server: DrainingServer) -> None:
-        """Health answers 503 meanwhile."""
-        loop = asyncio.get_running_loop()
+    def load() -> Service:
+        """Blocks."""
         try:
-            service: Service = await loop.run_in_executor(
-                None,
-                lambda: load_service(arguments.package, arguments.public_key, variant=arguments.variant,
-                                     limits=limits, threads=threads, provider=arguments.provider,
-                                     stock=arguments.stock),
-            )  # fmt: skip
-        except EndcapError as error:
-            server.fail(error)
-            return
-        except Exception as error:  # noqa: BLE001 - said on one line, as any other refusal
-            server.fail(EndcapError(f"could not load: {type(error).__name__}: {error}", where=arguments.package))
-            return
+            service = load_service(arguments.package, arguments.public_key, variant=arguments.variant, limits=limits,
+                                   threads=threads, provider=arguments.provider, stock=arguments.stock)  # fmt: skip
+        except EndcapError:
+            raise
+        except Exception as error:
+            what = f"could not load: {type(error).__name__}: {error}"
+            raise EndcapError(what, where=arguments.package) from error
         gc.collect()
-        gc.freeze()  # what is loaded stays: no collection need look at it again
-        app.open(service)
+        gc.freeze()  # what is loaded stays: no collection need look at it again, nor touch memory that workers share
+        return service
+
+    def say_ready(service: Service) -> None:
         log.info(
             "ready: version %s zone %s port %d, %.2f s from start (verified %.3f s, loaded %.3f s)",
-            arguments.version, arguments.zone, listener.getsockname()[1], time.monotonic() - begun_s,
+            arguments.version, arguments.zone, sockets[0].getsockname()[1], time.monotonic() - begun_s,
             service.verification_s, service.load_s,
         )  # fmt: skip
 
@@ -121,18 +135,70 @@ def main(argv: list[str] | None = None) -> int:
         files = (keys, catalogue.watched if catalogue is not None else None)
         return [file for file in files if file is not None]
 
-    tasks: list[asyncio.Task[None]] = []
+    def serve(listener: socket.socket) -> int:
+        """Until told to end; with a loaded package, or loading it first while health answers 503."""
+        tasks: list[asyncio.Task[None]] = []
 
-    def start(server: DrainingServer) -> None:
-        tasks.extend(asyncio.create_task(work) for work in (load(server), keep_fresh(watched)))
+        async def open_loaded(server: DrainingServer) -> None:
+            try:
+                service = await asyncio.get_running_loop().run_in_executor(None, load)
+            except EndcapError as error:
+                server.fail(error)
+                return
+            app.open(service)
+            say_ready(service)
 
-    server = DrainingServer(app, drain_s=arguments.drain_s, on_started=start)
-    code = server.run_on(listener)
-    if app.service is not None:
-        app.service.close()
-    if answers is not None:
-        answers.close()
-    return code
+        def start(server: DrainingServer) -> None:
+            tasks.append(asyncio.create_task(keep_fresh(watched)))
+            if app.service is None:
+                tasks.append(asyncio.create_task(open_loaded(server)))
+
+        code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start).run_on(listener)
+        if app.service is not None:
+            app.service.close()
+        if answers is not None:
+            answers.close()
+        return code
+
+    if not several:
+        return serve(sockets[0])
+
+    def work(number: int, listener: socket.socket) -> int:
+        for other in sockets:
+            if other is not listener:
+                other.close()
+        metrics.use(number)
+        if shared is not None:
+            app.open(shared)
+        return serve(listener)
+
+    shared: Service | None = None
+    if threads == 1 and not on_gpu(arguments.provider):
+        try:
+            shared = load()
+        except EndcapError as error:
+            sys.stderr.write(one_line(error) + "\n")
+            return error.exit_code
+        say_ready(shared)
+    return workers.supervise(sockets, work, drain_s=arguments.drain_s)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Limits that make sense.
+
+    Raises:
+        InputError: one does not.
+    """
+    above = ("workers", "timeout_s", "max_waiting", "max_rows", "max_tokens", "processes")
+    for name in (*above, "threads", "max_wait_ms", "drain_s"):
+        value = getattr(arguments, name)
+        if value < 0 or (value == 0 and name in above):
+            raise InputError(f"{value} is out of range", where=f"--{name.replace('_', '-')}",
+                             next_step="give a number above 0")  # fmt: skip
+    if arguments.processes > 64:
+        raise InputError("at most 64 worker processes", where="--processes")
+    if arguments.processes > 1 and arguments.answers is not None:
+        raise InputError("the answers log is one process's", where="--answers", next_step="leave out --processes")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from endcap.package import Manifest, TensorSpec, verify_package
 
 __all__ = [
     "DTYPES", "Engine", "GraphError", "GraphTimeoutError", "Tensors", "Ticket", "Verified",
-    "cores", "load_engine", "verify", "warm_up",
+    "cores", "load_engine", "on_gpu", "verify", "warm_up",
 ]  # fmt: skip
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -185,6 +185,15 @@ def cores() -> int:
         if quota_us > 0:
             return max(1, min(given, math.ceil(quota_us / period_us)))
     return given
+
+
+def on_gpu(provider: str) -> bool:
+    """Whether :func:`load_engine` would use a GPU for ``provider``."""
+    if provider == "cpu":
+        return False
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 def _providers(onnxruntime: Any, wanted: str) -> list[str]:

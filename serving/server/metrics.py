@@ -17,6 +17,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from serving.server.recommend import FALLBACK_FILLED, FALLBACK_POPULAR
+
 __all__ = ["CACHE_RESULTS", "FALLBACKS", "LATENCY_BUCKETS_S", "ROUTES", "Cell", "Distribution", "ServerMetrics"]
 
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -27,8 +29,7 @@ ROUTES = ("recommend", "infer", "predict", "grpc", "shadow")
 OUTCOMES = ("answered", "refused", "failed", "timed_out", "shed")
 CACHE_RESULTS = ("hit", "miss", "joined", "bypassed")
 """``joined``: waited for the same answer of another request. ``bypassed``: the cache was slow or gone."""
-FALLBACKS = ("popular", "filled")
-"""As in the answer's ``fallback``: all of it, or its end, is what is popular."""
+FALLBACKS = (FALLBACK_POPULAR, FALLBACK_FILLED)
 _ROW_CELLS = 4096
 
 
@@ -128,7 +129,6 @@ class ServerMetrics(Collector):
         self._histogram("latency_seconds", "From the whole request read to the answer handed over.",
                         ("route",), {(route,): one for route, one in self.latency.items()})  # fmt: skip
         self.fallbacks = {reason: Cell(cells) for reason in FALLBACKS}
-        self.popular = self.fallbacks["popular"]
         self._counter("fallbacks", "Answers that were not the graph's, by reason.",
                       ("fallback",), {(reason,): cell for reason, cell in self.fallbacks.items()})  # fmt: skip
         self.cache = {result: Cell(cells) for result in CACHE_RESULTS}

@@ -136,10 +136,16 @@ class DrainingServer(uvicorn.Server):
     On SIGTERM or SIGINT the app learns that it is draining (readiness fails from then on) and everything is still
     answered for ``drain_s``, so that the gateway's health checks see it and send no more; then idle connections are
     closed and requests in flight finish. A second SIGINT ends at once.
+
+    Args:
+        on_started: called on the event loop once the port is open.
+        on_stopping: awaited on it before the port is closed, for what else serves beside; with it the server drains
+            for all of ``drain_s``, because it does not know of the others' connections.
     """
 
     def __init__(self, app: App, *, drain_s: float, finish_s: int = 3,
-                 on_started: Callable[[DrainingServer], None] | None = None) -> None:  # fmt: skip
+                 on_started: Callable[[DrainingServer], None] | None = None,
+                 on_stopping: Callable[[], Awaitable[None]] | None = None) -> None:  # fmt: skip
         super().__init__(
             uvicorn.Config(
                 app,
@@ -163,6 +169,7 @@ class DrainingServer(uvicorn.Server):
         self._app = app
         self._drain_s = drain_s
         self._on_started = on_started
+        self._on_stopping = on_stopping
         self._drained_at_s: float | None = None
 
     def fail(self, error: EndcapError) -> None:
@@ -175,6 +182,11 @@ class DrainingServer(uvicorn.Server):
         if self._on_started is not None:
             self._on_started(self)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._on_stopping is not None:
+            await self._on_stopping()
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._drained_at_s is None:
             self._app.draining = True
@@ -184,7 +196,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._drained_at_s is not None and (
-            time.monotonic() >= self._drained_at_s or not self.server_state.connections
+            time.monotonic() >= self._drained_at_s
+            or not (self.server_state.connections or self._on_stopping is not None)
         ):
             self.should_exit = True
         return await super().on_tick(counter)

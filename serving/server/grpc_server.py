@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 
 from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest
-from serving.asgi import MAX_BODY_BYTES
+from serving.asgi import MAX_BODY_BYTES, Headers
 from serving.server import grpc_messages, oip, tensors
 
 if TYPE_CHECKING:
     import grpc  # type: ignore[import-untyped]
     import grpc.aio  # type: ignore[import-untyped]
 
-__all__ = ["Backend", "GrpcInfer", "GrpcServer", "Servable", "format_infer", "parse_infer"]
+__all__ = ["Backend", "Call", "GrpcInfer", "GrpcServer", "format_infer", "parse_infer"]
 
 log = logging.getLogger("serving.server")
 
@@ -63,17 +63,19 @@ _InferRequest = grpc_messages.message("ModelInferRequest")
 _InferResponse = grpc_messages.message("ModelInferResponse")
 
 
-class Servable(Protocol):
-    """One loaded package."""
+class Call(Protocol):
+    """One call for a run of the graph that was let in."""
 
     @property
     def manifest(self) -> Manifest: ...
 
-    def check(self, inputs: Mapping[str, NDArray[Any]]) -> None: ...
+    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """All outputs by name; raises EndcapErrors, among them those of inputs that the graph was not made for."""
+        ...
 
 
 class Backend(Protocol):
-    """What the gRPC face asks of the server; each is called on the event loop."""
+    """What the gRPC face asks of the server. All is called on the event loop; all may raise EndcapErrors."""
 
     @property
     def version(self) -> str: ...
@@ -81,24 +83,24 @@ class Backend(Protocol):
     @property
     def ready(self) -> bool: ...
 
-    def servable(self) -> Servable:
-        """The loaded package; raises an EndcapError while there is none."""
+    def manifest(self) -> Manifest:
+        """The loaded package's; an error while there is none."""
         ...
 
-    async def infer(
-        self, inputs: Mapping[str, NDArray[Any]], *, within_s: float, metadata: Mapping[str, str]
-    ) -> Mapping[str, NDArray[Any]]: ...
+    def admit(self, headers: Headers, *, within_s: float) -> Call:
+        """Let a call in, or refuse it before its message is even parsed. ``within_s``: how long its sender waits."""
+        ...
 
-    async def load(self, name: str, metadata: Mapping[str, str]) -> None: ...
+    async def load(self, name: str, headers: Headers) -> None: ...
 
-    async def unload(self, name: str, metadata: Mapping[str, str]) -> None: ...
+    async def unload(self, name: str, headers: Headers) -> None: ...
 
     def status_of(self, error: EndcapError) -> tuple[int, str]:
         """HTTP status and outcome of an error."""
         ...
 
     def count(self, outcome: str, took_s: float) -> None:
-        """One inference ended."""
+        """One call for a run of the graph ended."""
         ...
 
 
@@ -263,17 +265,11 @@ class GrpcServer:
         begun_s = time.perf_counter()
         backend = self._backend
         try:
-            servable = backend.servable()
-            manifest = servable.manifest
-            request = parse_infer(body, manifest, version=backend.version)
-            servable.check(request.inputs)
             remaining_s = context.time_remaining()
-            outputs = await backend.infer(
-                request.inputs,
-                within_s=math.inf if remaining_s is None else remaining_s,
-                metadata=_metadata(context),
-            )
-            answer = format_infer(request, outputs, manifest, version=backend.version)
+            call = backend.admit(_headers(context), within_s=math.inf if remaining_s is None else remaining_s)
+            request = parse_infer(body, call.manifest, version=backend.version)
+            outputs = await call.infer(request.inputs)
+            answer = format_infer(request, outputs, call.manifest, version=backend.version)
         except EndcapError as error:
             status, outcome = self._status_of(error)
             backend.count(outcome, time.perf_counter() - begun_s)
@@ -330,7 +326,7 @@ class GrpcServer:
 
         async def model_ready(body: bytes, _: Any) -> bytes:
             asked = request("ModelReady", body)
-            oip.check_model(asked.name, asked.version, backend.servable().manifest, backend.version)
+            oip.check_model(asked.name, asked.version, backend.manifest(), backend.version)
             return response("ModelReady", ready=backend.ready)
 
         async def server_metadata(body: bytes, _: Any) -> bytes:
@@ -339,7 +335,7 @@ class GrpcServer:
 
         async def model_metadata(body: bytes, _: Any) -> bytes:
             asked = request("ModelMetadata", body)
-            manifest = backend.servable().manifest
+            manifest = backend.manifest()
             oip.check_model(asked.name, asked.version, manifest, backend.version)
             inputs, outputs = (
                 [{"name": spec.name, "datatype": spec.datatype, "shape": spec.shape} for spec in specs]
@@ -350,12 +346,12 @@ class GrpcServer:
 
         async def load(body: bytes, context: Any) -> bytes:
             name = request("RepositoryModelLoad", body).model_name
-            await backend.load(name, _metadata(context))
+            await backend.load(name, _headers(context))
             return response("RepositoryModelLoad", model_name=name, isLoaded=True)
 
         async def unload(body: bytes, context: Any) -> bytes:
             name = request("RepositoryModelUnload", body).model_name
-            await backend.unload(name, _metadata(context))
+            await backend.unload(name, _headers(context))
             return response("RepositoryModelUnload", model_name=name, isUnloaded=True)
 
         return {
@@ -372,6 +368,9 @@ class GrpcServer:
         return _SERVING if self._backend.ready else _NOT_SERVING
 
 
-def _metadata(context: Any) -> Mapping[str, str]:
-    """The caller's metadata that is text."""
-    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+def _headers(context: Any) -> Headers:
+    """The caller's metadata as HTTP would have it."""
+    return [
+        (name.encode(), value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value))
+        for name, value in context.invocation_metadata() or ()
+    ]

@@ -6,6 +6,7 @@ import asyncio
 import math
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest, Task, TensorSpec, Variant
+from serving.asgi import Headers
 from serving.server import grpc_messages, tensors
 from serving.server.grpc_server import GrpcInfer, GrpcServer, format_infer, parse_infer
 from serving.server.oip import UnknownModelError
@@ -168,31 +170,20 @@ def test_any_bytes_are_a_request_or_refused(raw: bytes) -> None:
     assert request.inputs["x"].ndim == 2
 
 
-class Echo:
-    """A backend whose model gives its input back; of an input that begins with 404 it says what a model might."""
+MANIFEST = manifest()
 
-    version = "7"
 
-    def __init__(self) -> None:
-        self.ready = True
-        self.manifest = manifest()
-        self.counted: list[str] = []
-        self.within_s: list[float] = []
-        self.under_way = asyncio.Event()
-        self.finish = asyncio.Event()
+@dataclass
+class Admitted:
+    """The model gives its input back, but for some first values."""
 
-    def servable(self) -> Echo:
-        return self
+    backend: Echo
+    manifest: Manifest = MANIFEST
 
-    def check(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        if inputs["x"].size and inputs["x"].flat[0] < 0:
-            raise InputError("below 0", where="inputs.x.data")
-
-    async def infer(
-        self, inputs: Mapping[str, NDArray[Any]], *, within_s: float, metadata: Mapping[str, str]
-    ) -> Mapping[str, NDArray[Any]]:
-        self.within_s.append(within_s)
+    async def infer(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         first = int(inputs["x"].flat[0])
+        if first < 0:
+            raise InputError("below 0", where="inputs.x.data")
         if first == 503:
             error = EndcapError("busy\nindeed", where="server")
             error.retry_after_s = 2  # type: ignore[attr-defined]
@@ -200,16 +191,37 @@ class Echo:
         if first == 500:
             raise ValueError("a fault")
         if first == 1000:
-            self.under_way.set()
-            await self.finish.wait()
-        assert metadata.get("x-secret") in (None, "s")
+            self.backend.under_way.set()
+            await self.backend.finish.wait()
         return inputs
 
-    async def load(self, name: str, metadata: Mapping[str, str]) -> None:
-        if metadata.get("authorization") != "Bearer k":
+
+class Echo:
+    """A backend that counts."""
+
+    version = "7"
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.counted: list[str] = []
+        self.within_s: list[float] = []
+        self.headers: list[dict[bytes, bytes]] = []
+        self.under_way = asyncio.Event()
+        self.finish = asyncio.Event()
+
+    def manifest(self) -> Manifest:
+        return MANIFEST
+
+    def admit(self, headers: Headers, *, within_s: float) -> Admitted:
+        self.within_s.append(within_s)
+        self.headers.append(dict(headers))
+        return Admitted(self)
+
+    async def load(self, name: str, headers: Headers) -> None:
+        if dict(headers).get(b"authorization") != b"Bearer k":
             raise EndcapError("no", where="authorization")
 
-    async def unload(self, name: str, metadata: Mapping[str, str]) -> None:
+    async def unload(self, name: str, headers: Headers) -> None:
         raise InputError("never", where="model_name")
 
     def status_of(self, error: EndcapError) -> tuple[int, str]:
@@ -234,13 +246,15 @@ def serve(scenario: Callable[[Echo, GrpcServer, Call], Awaitable[None]]) -> None
         backend = Echo()
         server = GrpcServer(backend, host="127.0.0.1", port=0, max_bytes=4096)
         await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
 
-            async def call(method: str, raw: bytes, service: str = grpc_messages.SERVICE, **options: Any) -> Any:
-                return await channel.unary_unary(f"/{service}/{method}")(raw, **({"timeout": 20.0} | options))
+                async def call(method: str, raw: bytes, service: str = grpc_messages.SERVICE, **options: Any) -> Any:
+                    return await channel.unary_unary(f"/{service}/{method}")(raw, **({"timeout": 20.0} | options))
 
-            await scenario(backend, server, call)
-        await server.stop(grace_s=0)
+                await scenario(backend, server, call)
+        finally:
+            await server.stop(grace_s=0)
 
     asyncio.run(run())
 
@@ -274,6 +288,7 @@ def test_a_server_answers_every_method() -> None:
         assert list(model.outputs[0].shape) == [-1, -1]
         answer = Response.FromString(await call("ModelInfer", ask(1), metadata=(("x-secret", "s"),)))
         assert list(answer.outputs[0].contents.int64_contents) == [1, 2]
+        assert backend.headers[-1][b"x-secret"] == b"s"
         load = grpc_messages.message("RepositoryModelLoadRequest")(model_name="echo").SerializeToString()
         assert (await refused(call("RepositoryModelLoad", load)))[0] == "UNAUTHENTICATED"
         loaded = await call("RepositoryModelLoad", load, metadata=(("authorization", "Bearer k"),))
@@ -318,7 +333,7 @@ def test_the_deadline_is_carried() -> None:
     async def scenario(backend: Echo, _: GrpcServer, call: Call) -> None:
         await call("ModelInfer", ask(1), timeout=9.0)
         await call("ModelInfer", ask(1), timeout=None)
-        assert 0 < backend.within_s[0] <= 9
+        assert 0 < backend.within_s[0] < 9.5  # the wire rounds it
         assert backend.within_s[1] == math.inf
 
     serve(scenario)

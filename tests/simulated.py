@@ -205,7 +205,8 @@ class SimulatedTarget:
         shoppers = Counts(int(served.clicked), int(served.shoppers))
         ready = 0 if label in self.unready else 2
         return VersionObservation(
-            attempts=Counts(answered, int(served.attempts)), within_ms={100: Counts(int(served.fast), answered)},
+            attempts=Counts(answered, int(served.attempts)), first_attempts=Counts(answered, int(served.attempts)),
+            within_ms={100: Counts(int(served.fast), answered)},
             requests=Counts(int(served.attempts), int(served.attempts)), impressions=shoppers, shoppers=shoppers,
             ready_replicas=ready if label in self.capacity else 0, replicas=2 if label in self.capacity else 0,
         )  # fmt: skip

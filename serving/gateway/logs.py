@@ -109,13 +109,16 @@ def parse_outcome(line: bytes) -> Outcome | None:
 @dataclass(frozen=True, slots=True)
 class VersionCounts:
     """One version so far. ``good`` of ``total`` attempts were answered, ``within_ms`` of them in at most that time, by
-    threshold; ``requests_good`` of ``requests_total`` requests that the gateway gave it were answered in the end."""
+    threshold; ``requests_good`` of ``requests_total`` requests that the gateway gave it were answered in the end, and
+    ``first_good`` of ``first_total`` at their first attempt."""
 
     good: int = 0
     total: int = 0
     within_ms: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     requests_good: int = 0
     requests_total: int = 0
+    first_good: int = 0
+    first_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ class _Running:
     total: int = 0
     requests_good: int = 0
     requests_total: int = 0
+    first_good: int = 0
+    first_total: int = 0
 
 
 class Tally:
@@ -148,6 +153,7 @@ class Tally:
             label: _Running(
                 {ms: counts.within_ms.get(ms, 0) for ms in self._thresholds},
                 counts.good, counts.total, counts.requests_good, counts.requests_total,
+                counts.first_good, counts.first_total,
             )
             for label, counts in begin.versions.items()
         }  # fmt: skip
@@ -172,11 +178,17 @@ class Tally:
                 self.damaged_lines += 1
                 continue
             attempt = outcome.attempt
-            if attempt.route not in _SHOPPER_ROUTES or attempt.cut_by_client or "DC" in attempt.flags:
+            if attempt.route not in _SHOPPER_ROUTES:
+                continue
+            cut, label = attempt.cut_by_client or "DC" in attempt.flags, label_of(attempt.cluster)
+            if label is not None and (outcome.attempts > 1 or not cut):  # one that was retried had failed by then
+                version = self._version(label)
+                version.first_total += 1
+                version.first_good += attempt.answered and outcome.attempts <= 1
+            if cut:
                 continue
             self.outcomes_total += 1
             self.outcomes_good += attempt.answered
-            label = label_of(attempt.cluster)
             if label is None:
                 continue
             version = self._version(label)
@@ -202,9 +214,11 @@ class Tally:
 
     def versions(self) -> dict[str, VersionCounts]:
         return {
-            label: VersionCounts(v.good, v.total, dict(v.within_ms), v.requests_good, v.requests_total)
+            label: VersionCounts(
+                v.good, v.total, dict(v.within_ms), v.requests_good, v.requests_total, v.first_good, v.first_total
+            )
             for label, v in self._versions.items()
-        }
+        }  # fmt: skip
 
     def counts(self) -> TallyCounts:
         return TallyCounts(self.versions(), self.outcomes_good, self.outcomes_total, self.damaged_lines)

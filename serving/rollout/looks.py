@@ -101,7 +101,7 @@ class LookFold:
         for label in beside:
             control += new.get((label, what), Counts())
         canary += new.get((self._canary, what), Counts())
-        if what == "attempts" and canary.total == 0:
+        if what == "first attempts" and canary.total == 0:
             canary = self._lost(seen, control_requests)
         return Stratum(canary, control)
 
@@ -153,11 +153,14 @@ def _counter(objective: Objective) -> str:
         return f"measured {objective.name}"
     if objective.good is Good.CLICKED:
         return "shoppers"
-    return "attempts" if objective.within_ms is None else f"within {objective.within_ms}"
+    return "first attempts" if objective.within_ms is None else f"within {objective.within_ms}"
 
 
 def _counters(objectives: Objectives, version: VersionObservation) -> dict[str, Counts]:
-    found = {"attempts": version.attempts, "requests": version.requests, "shoppers": version.shoppers}
+    found = {
+        "attempts": version.attempts, "first attempts": version.first_attempts, "requests": version.requests,
+        "shoppers": version.shoppers,
+    }  # fmt: skip
     found |= {f"within {ms}": counts for ms, counts in version.within_ms.items()}
     found |= {f"measured {name}": counts for name, counts in version.measured.items()}
     wanted = {"attempts", "requests", "shoppers"} | {_counter(objective) for objective in objectives.objectives}
@@ -196,6 +199,7 @@ def observation_to_json(seen: Observation) -> dict[str, Any]:
         "versions": {
             label: {
                 "attempts": _pair(v.attempts),
+                "first_attempts": _pair(v.first_attempts),
                 "within_ms": {str(ms): _pair(c) for ms, c in v.within_ms.items()},
                 "requests": _pair(v.requests),
                 "impressions": _pair(v.impressions),
@@ -226,6 +230,7 @@ def observation_from_json(document: Mapping[str, Any]) -> Observation:
         versions={
             str(label): VersionObservation(
                 attempts=Counts(*v["attempts"]),
+                first_attempts=Counts(*v["first_attempts"]),
                 within_ms={int(ms): Counts(*c) for ms, c in v["within_ms"].items()},
                 requests=Counts(*v["requests"]),
                 impressions=Counts(*v["impressions"]),

@@ -44,6 +44,8 @@ class VersionObservation:
     """What one version did, cumulative since the target started.
 
     ``attempts``: requests that the gateway sent to it, retries included; good = answered with no server error.
+    ``first_attempts``: requests by what became of their first attempt, which no retry mends; good = answered. One a
+    request: what fails whoever tries it fails each attempt, and evidence needs events that fail for themselves.
     ``within_ms``: by threshold, attempts *answered* in that time out of all answered attempts.
     ``requests``: what shoppers saw of it: one a request however often it was retried; good = answered in the end.
     ``impressions``: closed impressions (attribution window over); good = clicked.
@@ -55,6 +57,7 @@ class VersionObservation:
     """
 
     attempts: Counts = Counts()
+    first_attempts: Counts = Counts()
     within_ms: Mapping[int, Counts] = field(default_factory=dict)
     requests: Counts = Counts()
     impressions: Counts = Counts()

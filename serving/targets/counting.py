@@ -18,6 +18,8 @@ from serving.targets.config import Kept
 __all__ = ["TALLY_FILE", "Counting", "take"]
 
 TALLY_FILE = "tally.json"
+_FORMAT = 2
+"""Raised when more is counted: then the logs are counted again."""
 _AT_ONCE_BYTES = 1 << 20
 """Lines taken in at once: some thousands, so that a long log does not stop the event loop."""
 
@@ -28,7 +30,7 @@ class _TallyFile(BaseModel):
     """``F/tally.json``: counts, and how far the logs were read for them. Only a shortcut: the logs are the records."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    format: int = 1
+    format: int = _FORMAT
     thresholds_ms: tuple[int, ...]
     begin: tuple[int, int]
     """Where this target's lines begin in the attempts and in the outcomes."""
@@ -68,7 +70,7 @@ class Counting:
         except (StateError, ValidationError) as error:
             log.warning("%s is damaged, so the gateway's logs are counted again: %s", self._path, type(error).__name__)
             return None
-        fits = (saved.format, saved.thresholds_ms, saved.begin) == (1, self._thresholds_ms, self._begin)
+        fits = (saved.format, saved.thresholds_ms, saved.begin) == (_FORMAT, self._thresholds_ms, self._begin)
         return saved if fits else None
 
     async def read(self) -> TallyCounts:

@@ -272,6 +272,7 @@ class Supervisor:
         slots = self.placement.fleet.of(label)
         return VersionObservation(
             attempts=Counts(counts.good, counts.total),
+            first_attempts=Counts(counts.first_good, counts.first_total),
             within_ms={ms: Counts(counts.within_ms.get(ms, 0), counts.good) for ms in self.config.thresholds_ms},
             requests=Counts(counts.requests_good, counts.requests_total),
             impressions=Counts(seen.clicked, seen.closed),

@@ -92,6 +92,7 @@ class CountsReply(_Model):
 
 class VersionReply(_Model):
     attempts: CountsReply
+    first_attempts: CountsReply
     within_ms: dict[int, CountsReply]
     requests: CountsReply
     impressions: CountsReply
@@ -105,6 +106,7 @@ class VersionReply(_Model):
     def of(seen: VersionObservation) -> VersionReply:
         return VersionReply(
             attempts=_counts(seen.attempts),
+            first_attempts=_counts(seen.first_attempts),
             within_ms={ms: _counts(counts) for ms, counts in seen.within_ms.items()},
             requests=_counts(seen.requests),
             impressions=_counts(seen.impressions),
@@ -118,6 +120,7 @@ class VersionReply(_Model):
     def to_domain(self) -> VersionObservation:
         return VersionObservation(
             attempts=self.attempts.to_domain(),
+            first_attempts=self.first_attempts.to_domain(),
             within_ms={ms: counts.to_domain() for ms, counts in self.within_ms.items()},
             requests=self.requests.to_domain(),
             impressions=self.impressions.to_domain(),

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from endcap.errors import InputError
+from endcap.evidence import Counts
 from serving.targets import LocalTarget, ModelVersion, StickyKey, start_local_target
 from tests.local.load import eventually
 from tests.local.test_local_target import config, package, stable_of
@@ -185,13 +186,15 @@ def test_retries_stay_with_the_shopper_s_version_and_each_request_counts_once(
 
     eventually(lambda: sum(requests(label)[1] for label in ("1", "failing")) >= 200, what="all were counted")
     eventually(lambda: requests("failing")[1] == len(mine))
-    healthy, attempts = requests("1"), target.observe().versions["failing"].attempts.total
+    healthy, before = requests("1"), target.observe().versions["failing"]
     answers = [httpx.post(target.url + "/v1/recommend", json={}, headers=one) for one in mine]
     assert {(answer.status_code, answer.headers["x-endcap-version"]) for answer in answers} == {(500, "failing")}
     eventually(lambda: requests("failing") == (len(mine), 2 * len(mine)), what="one a request, none of them good")
     assert requests("1") == healthy
-    seen = target.observe().versions["failing"].attempts
-    assert seen.total - attempts > 2 * len(mine), "every attempt was the failing version's"
+    seen = target.observe().versions["failing"]
+    assert seen.attempts.total - before.attempts.total > 2 * len(mine), "every attempt was the failing version's"
+    first = seen.first_attempts.since(before.first_attempts)
+    assert first == Counts(0, len(mine)), "and of its first attempts, one a request"
     package(folder / "failing")
     target.set_shares({stable: 1.0}, token=token)
     target.retire("failing", token=token)

@@ -72,6 +72,18 @@ def test_a_request_counts_once_for_its_version_however_often_it_was_retried() ->
     assert tally.outcomes_total == 4
 
 
+def test_a_first_attempt_that_failed_stays_one_whatever_its_retries_came_to() -> None:
+    tally = Tally()
+    tally.add_outcomes([
+        line(attempts=1), line(attempts=2), line(code=500, attempts=3), line(code=503, flags="UH", attempts=0),
+        line(code=0, flags="DC", attempts=2), line(code=0, flags="DC", attempts=1), line(code=429, attempts=1),
+        line(route="healthz", cluster=None),
+    ])  # fmt: skip
+    versions = tally.versions()
+    assert (versions["2"].first_good, versions["2"].first_total) == (1, 6)
+    assert Tally(begin=tally.counts()).versions() == versions
+
+
 def test_copies_to_a_shadow_are_nobody_s_attempts_and_nobody_s_requests() -> None:
     tally = Tally()
     tally.add_attempts([line(cluster="shadow-2")])

@@ -22,7 +22,10 @@ COUNTED = Objectives(
 
 def version(total: int, good: int | None = None, **more: object) -> VersionObservation:
     counts = Counts(total if good is None else good, total)
-    fields = {"attempts": counts, "requests": counts, "within_ms": {100: counts}, "shoppers": counts} | more
+    fields = {
+        "attempts": counts, "first_attempts": counts, "requests": counts, "within_ms": {100: counts},
+        "shoppers": counts,
+    } | more  # fmt: skip
     return VersionObservation(**fields)  # type: ignore[arg-type]
 
 
@@ -94,6 +97,15 @@ def test_a_canary_without_a_ready_replica_fails_its_share_of_what_others_answere
     assert look.strata["availability"] == Stratum(Counts(0, 20), Counts(200, 200))
     look = fold.fold(seen(2, share=0.0, v1=version(400), v2=version(0, **lost)))
     assert look.strata["availability"].canary == Counts(), "without a share nothing was lost"
+
+
+def test_what_fails_whoever_tries_it_fails_once_however_often_it_is_tried() -> None:
+    fold = LookFold(OBJECTIVES, canary="2")
+    fold.fold(seen(0, v1=version(0), v2=version(0)))
+    tried = {"attempts": Counts(8, 14), "first_attempts": Counts(8, 10)}
+    look = fold.fold(seen(1, v1=version(90), v2=version(10, **tried)))
+    assert look.strata["availability"].canary == Counts(8, 10)
+    assert look.received.canary_attempts == 14
 
 
 def test_latency_is_judged_beside_the_baseline_and_the_rest_beside_everything() -> None:

@@ -125,7 +125,8 @@ def _hashing() -> Any:
 def _reason(error: Exception) -> str:
     """model-signing's own words, without the raw digests it prints."""
     text = " ".join(str(error).split()) or type(error).__name__
-    changed = re.findall(r"Hash mismatch for '([^']+)'", text)
+    # The list is printed as Python does: a digest with a quote among its bytes has all quotes escaped.
+    changed = re.findall(r"""Hash mismatch for \\?['"]([^'"\\]+)""", text)
     if changed:
         return f"{', '.join(changed)} changed after signing"
     return text[:200]

@@ -184,3 +184,12 @@ def test_no_defect_is_made_of_a_package_that_does_not_verify(good, tmp_path):
     with pytest.raises(VerificationError):
         make_defective(good, tmp_path / "bad", Defect.PERMUTED, private_key=private, public_key=other)
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("digest", ["b'\\xfe'", 'b"it\'s"', "plain"])
+def test_what_changed_is_said_without_raw_digests_whatever_bytes_they_hold(digest: str) -> None:
+    from endcap.package.signing import _reason
+
+    problem = "Hash mismatch for 'model.onnx': Expected " + digest + ", Actual 'x'"
+    raised = ValueError(f"Signature mismatch: {[problem]}")
+    assert _reason(raised) == "model.onnx changed after signing"

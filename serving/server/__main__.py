@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from endcap.errors import EndcapError, InputError
 from endcap.processes import bind_to_parent
@@ -21,7 +21,13 @@ from serving.server import workers
 from serving.server.answers import AnswerLog
 from serving.watched import Watched, keep_fresh
 
+if TYPE_CHECKING:
+    from serving.server.grpc_server import GrpcServer
+
 log = logging.getLogger("serving.server")
+
+_FINISH_S = 3.0
+"""For gRPC calls under way when the port closes; HTTP's have as long."""
 
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
@@ -49,6 +55,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", type=_label, required=True, help="label of the model version")
     parser.add_argument("--zone", type=_label, required=True)
     parser.add_argument("--port", type=int, required=True, help="0: any free one, named in the log")
+    parser.add_argument(
+        "--grpc-port",
+        type=int,
+        metavar="N",
+        help="speak gRPC too (Open Inference Protocol), on this port; 0: any free one, named in the log",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--variant", default="float32")
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
@@ -138,6 +150,25 @@ def main(argv: list[str] | None = None) -> int:
     def serve(listener: socket.socket) -> int:
         """Until told to end; with a loaded package, or loading it first while health answers 503."""
         tasks: list[asyncio.Task[None]] = []
+        beside: list[GrpcServer] = []
+
+        async def open_grpc(server: DrainingServer) -> None:
+            from serving.server.grpc_backend import AppBackend  # grpc must not be there before the fork
+            from serving.server.grpc_server import GrpcServer
+
+            grpc = GrpcServer(AppBackend(app, version=arguments.version), host=arguments.host,
+                              port=arguments.grpc_port, reuse_port=several)  # fmt: skip
+            try:
+                await grpc.start()
+            except EndcapError as error:
+                server.fail(error)
+                return
+            beside.append(grpc)
+            log.info("grpc: port %d", grpc.port)
+
+        async def close_grpc() -> None:
+            for grpc in beside:
+                await grpc.stop(grace_s=_FINISH_S)
 
         async def open_loaded(server: DrainingServer) -> None:
             try:
@@ -152,8 +183,13 @@ def main(argv: list[str] | None = None) -> int:
             tasks.append(asyncio.create_task(keep_fresh(watched)))
             if app.service is None:
                 tasks.append(asyncio.create_task(open_loaded(server)))
+            if arguments.grpc_port is not None:
+                tasks.append(asyncio.create_task(open_grpc(server)))
 
-        code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start).run_on(listener)
+        code = DrainingServer(
+            app, drain_s=arguments.drain_s, on_started=start,
+            on_stopping=close_grpc if arguments.grpc_port is not None else None,
+        ).run_on(listener)  # fmt: skip
         if app.service is not None:
             app.service.close()
         if answers is not None:
@@ -197,6 +233,8 @@ def _check(arguments: argparse.Namespace) -> None:
                              next_step="give a number above 0")  # fmt: skip
     if arguments.processes > 64:
         raise InputError("at most 64 worker processes", where="--processes")
+    if arguments.grpc_port == 0 and arguments.processes > 1:
+        raise InputError("several processes need one port to share", where="--grpc-port", next_step="name a port")
     if arguments.processes > 1 and arguments.answers is not None:
         raise InputError("the answers log is one process's", where="--answers", next_step="leave out --processes")
 

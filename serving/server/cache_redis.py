@@ -90,7 +90,8 @@ class RedisStore:
     Args:
         url: ``redis://``, ``rediss://`` or ``unix://``; without a password in it.
         counts: ``bypassed``: requests that went on without the cache.
-        troubles: ``timed_out``, ``failed``: requests to Redis; ``dropped``: values that were not written.
+        troubles: ``timed_out``, ``failed``: reads and writes; ``probe_failed``: looks for a Redis that was slow or
+            gone; ``dropped``: values that were not written.
     """
 
     def __init__(self, url: str, *, username: str | None = None, password: str | None = None,
@@ -172,7 +173,9 @@ class RedisStore:
                         async with client.pipeline(transaction=False) as pipeline:
                             for key, value, ttl_s in batch:
                                 pipeline.set(_PREFIX + key.hex().encode(), value, px=max(1, round(ttl_s * 1000)))
-                            await pipeline.execute()
+                            results = await pipeline.execute(raise_on_error=False)
+                    # A Redis that is full still reads: no reason to leave it alone.
+                    self._dropped(sum(isinstance(result, Exception) for result in results))
                 except TimeoutError:
                     self._dropped(len(batch))
                     self._trouble("timed_out")
@@ -216,11 +219,8 @@ class RedisStore:
                 await asyncio.gather(*(client.ping() for _ in range(_MAX_READS)))  # opens that many connections
             async with asyncio.timeout(self._timeout_s):
                 await client.ping()
-        except TimeoutError:
-            self._troubles["timed_out"].inc()
-            return False
         except Exception:  # noqa: BLE001 - as above
-            self._troubles["failed"].inc()
+            self._troubles["probe_failed"].inc()
             return False
         return True
 

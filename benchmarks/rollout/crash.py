@@ -331,8 +331,8 @@ class _Target:
             shoppers = Counts(int(n * self._clicked[label]), n)
             ready = 2 if label in world.capacity else 0
             versions[label] = VersionObservation(
-                attempts=Counts(n, n), first_attempts=Counts(n, n), requests=Counts(n, n), impressions=shoppers, shoppers=shoppers,
-                ready_replicas=ready, replicas=ready,
+                attempts=Counts(n, n), first_attempts=Counts(n, n), requests=Counts(n, n), impressions=shoppers,
+                shoppers=shoppers, ready_replicas=ready, replicas=ready,
             )  # fmt: skip
         copied = int(world.mirrored)
         shadow = ShadowObservation(world.shadow[0], Counts(copied, copied), {}, copied, 0.9) if world.shadow else None

@@ -107,7 +107,9 @@ class Ticket:
 class Engine:
     """A loaded graph. :meth:`run` blocks, and may be called from several threads at once."""
 
-    def __init__(self, session: _Session, outputs: list[str], make_options: Callable[[], _RunOptions]) -> None:
+    def __init__(self, session: _Session, outputs: list[str], make_options: Callable[[], _RunOptions], *,
+                 on_cpu: bool = True) -> None:  # fmt: skip
+        self.on_cpu = on_cpu
         self._session = session
         self._outputs = outputs
         self._make_options = make_options
@@ -170,7 +172,8 @@ def load_engine(package: Verified, *, variant: str = "float32", threads: int = 1
         raise PackageError(f"onnxruntime cannot load the graph ({type(error).__name__})", where=where) from error
     _check("input", manifest.inputs, session.get_inputs(), where, complete=True)
     _check("output", manifest.outputs, session.get_outputs(), where, complete=False)
-    return Engine(session, [spec.name for spec in manifest.outputs], onnxruntime.RunOptions)
+    return Engine(session, [spec.name for spec in manifest.outputs], onnxruntime.RunOptions,
+                  on_cpu=not on_gpu(provider))  # fmt: skip
 
 
 def cores() -> int:

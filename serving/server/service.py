@@ -164,9 +164,10 @@ def _warm(engine: Engine, manifest: Manifest, shape: BatchShape, where: Path) ->
             inputs = _sample(manifest, rows, length)
             extent = shape.measure(inputs)
             warm_up(engine, inputs, where)
-            run_s = time.perf_counter()
+            clock = time.thread_time if engine.on_cpu else time.perf_counter
+            run_s = clock()
             warm_up(engine, inputs, where)
-            cost.learn(extent.rows * extent.length, time.perf_counter() - run_s)
+            cost.learn(extent.rows * extent.length, clock() - run_s)
     return cost
 
 

@@ -43,6 +43,7 @@ class FakeEngine:
         self.gate.set()
         self.threads: set[str] = set()
         self.stalls_on = -1
+        self.on_cpu = False
 
     def ticket(self) -> Ticket:
         class Options:

@@ -98,6 +98,7 @@ class ServerApp:
         self._answers = answers
         self._now_s = now_s
         self._service: Service | None = None
+        self._description = tensor_routes.Description(replica.version)
         self._headers: Headers = (
             (b"x-endcap-version", replica.version.encode()),
             (b"x-endcap-zone", replica.zone.encode()),
@@ -229,6 +230,8 @@ class ServerApp:
             await self._send(send, 200, b'{"status":"alive"}')
         elif service is None:
             await self._send(send, 503, oip.error_text(NotReadyError("the model is being verified and loaded")))
+        elif path == "/openapi.json":
+            await self._send(send, 200, await self._description.text(service.manifest))
         elif (
             found := tensor_routes.look(path, service.manifest, version=self._replica.version, ready=ready)
         ) is not None:

@@ -4,6 +4,7 @@ about the model. The codecs are pure and elsewhere; here they meet the service.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from serving.server.service import Service
 if TYPE_CHECKING:
     from serving.server.app import Asked
 
-__all__ = ["ROUTES", "Answer", "ask", "look", "route_of"]
+__all__ = ["ROUTES", "Answer", "Description", "ask", "look", "route_of"]
 
 ROUTES = ("infer", "predict")
 
@@ -75,3 +76,24 @@ def look(path: str, manifest: Manifest, *, version: str, ready: bool) -> Answer 
     if path == f"/v1/models/{name}":
         return Answer(v1.ready(manifest, ready=ready), status=200 if ready else 503)
     return None
+
+
+class Description:
+    """The OpenAPI document of what is loaded: made when first asked for, and off the event loop."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self._manifest: Manifest | None = None
+        self._text = b""
+
+    async def text(self, manifest: Manifest) -> bytes:
+        """``GET /openapi.json``."""
+        if self._manifest is not manifest:
+            self._text = await asyncio.to_thread(self._make, manifest)
+            self._manifest = manifest
+        return self._text
+
+    def _make(self, manifest: Manifest) -> bytes:
+        from serving.server import openapi  # its models take a tenth of a second, which most replicas never need
+
+        return openapi.document(manifest, version=self._version)

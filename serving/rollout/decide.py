@@ -54,7 +54,7 @@ def decide(spec: RolloutSpec, state: State, event: Event, now_s: float) -> State
         case ActFailed():
             after = _after_failure(spec, state, event) if state.intent else state
         case Looked():
-            after = state if state.intent else _after_look(spec, state, event, now_s)
+            after = _after_look(spec, state, event, now_s)
     return state if after == state else after.with_(seq=state.seq + 1)
 
 
@@ -114,6 +114,9 @@ def _after_failure(spec: RolloutSpec, state: State, failed: ActFailed) -> State:
 
 
 def _after_look(spec: RolloutSpec, state: State, look: Looked, now_s: float) -> State:
+    if state.intent:  # nothing turns what is being done but a canary that fails before it gets more
+        failed = state.phase is Phase.GROWING and look.verdict is Verdict.FAIL
+        return _back(spec, state, Outcome.ROLLED_BACK, look.reason) if failed else state
     match state.phase:
         case Phase.PENDING:
             return _grow(spec, state, 0, now_s)
@@ -160,13 +163,13 @@ def _after_traffic_look(spec: RolloutSpec, state: State, look: Looked, now_s: fl
         return _back(spec, state, Outcome.HELD, reason)
     if look.mismatch is not None:
         return _back(spec, state, Outcome.HELD, f"the analysis cannot be trusted: {look.mismatch}")
+    if step.share == 1 and look.troubled is not None:
+        return _compare_again(spec, state, look.troubled)
     if state.paused_at_s is not None:
         return state
     elapsed_s = now_s - state.step_at_s
     enough = attempts >= step.min_requests and elapsed_s >= step.min_s
     if step.share == 1:
-        if look.troubled is not None:
-            return _compare_again(spec, state, look.troubled)
         # Observed, not wished: the old version goes only when it was seen to receive nothing any more.
         if enough and look.canary_new > 0 and look.control_new == 0:
             return _retire(spec, state, look.reason)
@@ -198,7 +201,7 @@ def _obey(spec: RolloutSpec, state: State, asked: Commanded, now_s: float) -> St
         case Command.PAUSE if not turning and state.paused_at_s is None:
             return state.with_(paused_at_s=now_s, waiting=f"paused by {asked.by}")
         case Command.RESUME if state.paused_at_s is not None:
-            paused_s = max(0.0, now_s - state.paused_at_s)
+            paused_s = max(0.0, now_s - max(state.paused_at_s, state.step_at_s))  # a step may begin in a pause
             held_at_s = None if state.held_at_s is None else state.held_at_s + paused_s
             return state.with_(
                 paused_at_s=None, waiting=None, step_at_s=state.step_at_s + paused_s, held_at_s=held_at_s
@@ -257,7 +260,7 @@ def _compare_again(spec: RolloutSpec, state: State, troubled: str) -> State:
     before = state.step - 1
     shares = shares_of(spec, state, before)
     return state.with_(
-        phase=Phase.GROWING, step=before, intent=(EnsureCapacity(shares), SetShares(shares)), waiting=None,
+        phase=Phase.GROWING, step=before, intent=(EnsureCapacity(shares), SetShares(shares)),
         held_at_s=None, compared_again=state.compared_again + 1,
         reason=f"back to {spec.steps[before].share:.0%}, to be compared again: {troubled}",
     )  # fmt: skip

@@ -192,12 +192,11 @@ class Engine:
         seen: Observation | None = None
         for seen in self._store.looks():
             self._sight.take(seen)
+            for label, version in seen.versions.items():
+                for name, counts in version.measured.items():
+                    self._counted.setdefault(name, {})[label] = counts
         if seen is None:
             self._look(state)
-            return
-        for label, version in seen.versions.items():
-            for name, counts in version.measured.items():
-                self._counted.setdefault(name, {})[label] = counts
 
     # ---- one turn ----
 
@@ -209,7 +208,10 @@ class Engine:
     def _look_and_decide(self, state: State) -> State:
         self._wait(state)
         look = self._look(state)
-        return self._decided(state, self._sight.judge(state, look, self._source_trouble))
+        return state if look is None else self._decided(state, self._judged(state, look))
+
+    def _judged(self, state: State, look: Look) -> Looked:
+        return self._sight.judge(state, look, self._source_trouble)
 
     def _wait(self, state: State) -> None:
         remaining_s = self._spec.look_s
@@ -221,21 +223,35 @@ class Engine:
     def _try_intent(self, state: State) -> State:
         if RunGates() in state.intent:
             return self._decided(state, self._check(state))
-        try:
-            for action in state.intent:
+        for action in state.intent:
+            if isinstance(action, SetShares) and state.phase is Phase.GROWING:
+                # Capacity takes its time, and so does an engine that goes on: what failed by now gets no more.
+                look = self._look(state)
+                if look is not None and self._sight.evidence.verdict is Verdict.FAIL:
+                    return self._decided(state, self._judged(state, look))
+            try:
                 self._act(action)
-        except FencedError:
-            raise
-        except EndcapError as error:
-            self._be_patient(error)
-            if state.outcome is not None:
-                self._clock.wait(self._spec.look_s)  # the same way is tried again
-            else:
-                self._look(state)  # did canary get any traffic?
-            return self._decided(state, ActFailed(_line(error), isinstance(error, PackageError), self._sight.received))
+            except FencedError:
+                raise
+            except EndcapError as error:
+                return self._after_failure(state, error)
+        if self._look(state) is None and state.outcome is None:
+            self._clock.wait(self._spec.look_s)
+            return state  # from where on the step counts has to be seen; the acts are safe to repeat
         self._failing_since_s = None
-        self._look(state)
         return self._decided(state, Acted(self._sight.received))
+
+    def _after_failure(self, state: State, error: EndcapError) -> State:
+        if state.outcome is not None:
+            self._be_patient(error)
+            self._clock.wait(self._spec.look_s)  # the same way is tried again
+        elif type(error) is TargetError and self._is_patient():
+            self._clock.wait(self._spec.look_s)
+            return state  # a target or a gateway that is being started again is no fault of canary's
+        else:
+            self._failing_since_s = None
+            self._look(state)  # did canary get any traffic?
+        return self._decided(state, ActFailed(_line(error), isinstance(error, PackageError), self._sight.received))
 
     def _check(self, state: State) -> Gated:
         if self._gates is None:
@@ -296,7 +312,8 @@ class Engine:
         except EndcapError as error:
             self._be_patient(error)
             return None
-        self._failing_since_s = None
+        if not state.intent:
+            self._failing_since_s = None
         seen = self._with_counted(seen)
         self._store.add_look(seen)
         return self._sight.take(seen)
@@ -316,11 +333,14 @@ class Engine:
 
     def _be_patient(self, error: EndcapError) -> None:
         """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
+        if not self._is_patient():
+            raise error
+
+    def _is_patient(self) -> bool:
         now_s = self._clock.now_s()
         if self._failing_since_s is None:
             self._failing_since_s = now_s
-        if now_s - self._failing_since_s > _PATIENCE_S:
-            raise error
+        return now_s - self._failing_since_s <= _PATIENCE_S
 
 
 class _Sight:
@@ -356,15 +376,15 @@ class _Sight:
             self._shadow = seen.shadow
         return look
 
-    def judge(self, state: State, look: Look | None, trouble: str | None) -> Looked:
-        """The event that the looks so far make; ``look`` is the last one, None where it told nothing."""
+    def judge(self, state: State, look: Look, trouble: str | None) -> Looked:
+        """The event that the looks so far make; ``look`` is the last one."""
         received, evidence = self.received, self.evidence
         return Looked(
             verdict=evidence.verdict,
             reason=evidence.reason if trouble is None else f"{evidence.reason}; {trouble}",
             received=received,
-            canary_new=0 if look is None else look.canary_new,
-            control_new=0 if look is None else look.control_new,
+            canary_new=look.canary_new,
+            control_new=look.control_new,
             follows=self._follows(state),
             mismatch=self._mismatch(),
             troubled=self._lately.troubled,

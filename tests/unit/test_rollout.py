@@ -28,7 +28,7 @@ from serving.rollout.spec import Mode, RolloutSpec, ShadowSpec, Step
 from serving.rollout.state import Outcome
 from serving.rollout.store import load_state
 from serving.sources.base import Reading
-from serving.targets.base import StickyKey
+from serving.targets.base import ModelVersion, StickyKey
 from tests.simulated import CANARY, OBJECTIVES, SPEC, WINDOW_S, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 
@@ -115,6 +115,46 @@ def test_a_target_that_is_away_for_a_while_costs_looks_and_no_verdict(tmp_path: 
     assert roll(tmp_path, target, clock).outcome is Outcome.PROMOTED
 
 
+@pytest.mark.parametrize("away_from", [*range(2, 24), 30, 50])
+def test_whenever_a_target_is_away_for_a_moment_no_canary_is_blamed_for_it(away_from: int, tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1), rate=1000.0)
+    target.away_at = range(away_from, away_from + 4)
+    assert roll(tmp_path, target, clock).outcome is Outcome.PROMOTED
+
+
+def test_a_share_that_a_target_never_takes_ends_the_rollout(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+
+    def refuse(shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
+        if shares.get(CANARY, 0.0) >= 0.25:
+            raise TargetError("the gateway did not take the new routes")
+        SimulatedTarget.set_shares(target, shares, token=token, sticky=sticky)
+
+    target.set_shares = refuse
+    result = roll(tmp_path, target, clock)
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert "did not take the new routes" in result.reason
+    assert target.shares == {"1": 1.0}
+
+
+def test_what_broke_while_nobody_looked_gets_no_more_traffic_by_an_engine_that_goes_on(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+
+    def die(shares: Mapping[ModelVersion, float], *, token: int) -> None:
+        if shares.get(CANARY, 0.0) >= 0.25:
+            raise Killed
+        SimulatedTarget.ensure_capacity(target, shares, token=token)
+
+    target.ensure_capacity = die
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock)
+    del target.ensure_capacity
+    target.behaviours["2"].answered = 0.5
+    clock.wait(60)
+    assert roll(tmp_path, target, clock).outcome is Outcome.ROLLED_BACK
+    assert not [line for line in target.log if line.startswith("shares 2=0.25")]
+
+
 def test_a_target_that_is_gone_ends_the_engine_and_the_rollout_is_gone_on_with(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1), rate=1000.0)
     target.away_at = range(5, 1_000_000)
@@ -139,7 +179,7 @@ def test_a_wrong_version_loses_its_traffic_even_where_stable_lacks_a_replica(tmp
 
 def test_one_that_got_traffic_before_it_failed_was_rolled_back_and_not_refused(tmp_path: Path) -> None:
     target, clock = start(Behaviour(clicked=0.1))
-    target.die_at = (4, "after")  # it has its first share; the state still says that it is about to get it
+    target.die_at = (5, "after")  # it has its first share; the state still says that it is about to get it
     with pytest.raises(Killed):
         roll(tmp_path, target, clock)
     target.die_at, target.refuse = None, CapacityError("0 of 3 nodes are available")
@@ -499,6 +539,20 @@ def test_a_paused_rollout_is_still_rolled_back_when_it_fails(tmp_path: Path) -> 
     assert target.shares == {"1": 1.0}
 
 
+def test_a_pause_leaves_no_version_with_all_the_traffic_that_breaks_under_it(tmp_path: Path) -> None:
+    clock = Scripted(tmp_path, {1_060: {"command": "pause"}, 1_300: {"command": "abort"}})
+
+    class Broken(Overloaded):
+        breaks = staticmethod(lambda shares, label: label == "2" and clock.now_s() > 1_065)
+
+    target = Broken({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, clock, 200.0)
+    steps = (*SPEC.steps[:3], Step(1.0, 100, 500, 600))
+    result = roll(tmp_path, target, clock, replace(SPEC, steps=steps))
+    assert "shares 2=1" in target.log
+    assert result.outcome is Outcome.ROLLED_BACK
+    assert result.seconds < 120
+
+
 def test_a_step_that_needs_approval_waits_for_it_and_says_so(tmp_path: Path) -> None:
     steps = (SPEC.steps[0], replace(SPEC.steps[1], approval=True), *SPEC.steps[2:])
     asks = {1400: {"command": "approve", "step": 2}, 1401: {"command": "approve", "step": 2}}
@@ -651,6 +705,25 @@ def test_an_engine_killed_anywhere_counts_a_source_s_events_neither_twice_nor_an
     roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.42))
     looks = list(read_json_lines(tmp_path / "looks.jsonl"))
     counted = [look["versions"].get("1", {}).get("measured", {}).get("baskets", [0, 0])[1] for look in looks]
+    assert counted == sorted(counted)
+
+
+def test_a_source_that_was_silent_when_the_engine_died_is_gone_on_with_from_what_it_had_counted(tmp_path: Path) -> None:
+    target, clock = start(Behaviour(clicked=0.1))
+
+    class FallsSilent(Baskets):
+        def read(self, now_s: float) -> Reading:
+            return super().read(now_s) if clock.now_s() < 1_005 else Reading({}, {})
+
+    target.die_at = (25, "after")
+    with pytest.raises(Killed):
+        roll(tmp_path, target, clock, objectives=BASKETS, source=FallsSilent(target, 0.42))
+    before = [look["versions"]["1"]["measured"] for look in read_json_lines(tmp_path / "looks.jsonl")]
+    assert before[-1] == {}
+    target.die_at, target.served = None, {}
+    roll(tmp_path, target, clock, objectives=BASKETS, source=Baskets(target, 0.42))
+    looks = [look["versions"].get("1", {}).get("measured", {}) for look in read_json_lines(tmp_path / "looks.jsonl")]
+    counted = [measured["baskets"][1] for measured in looks if measured]
     assert counted == sorted(counted)
 
 

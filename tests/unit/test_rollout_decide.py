@@ -119,6 +119,27 @@ def test_a_canary_that_fails_while_it_has_traffic_loses_it_at_that_look(
             assert SetShares({"1": 1.0}) in after.intent
 
 
+def test_a_pause_that_a_step_began_in_takes_no_more_from_it_than_it_had() -> None:
+    state = begin(SPEC, stable="1", canary="2", now_s=0.0)
+    for event, now_s in (
+        (Gated(True, "checked"), 1.0), (Commanded(Command.PAUSE, "someone", 1), 2.0), (Acted(), 50.0),
+        (Commanded(Command.RESUME, "someone", 2), 60.0),
+    ):  # fmt: skip
+        state = decide(SPEC, state, event, now_s)
+    assert state.phase is Phase.OBSERVING
+    assert state.step_at_s == 60.0
+
+
+@given(specs, happening)
+def test_a_canary_that_fails_before_it_gets_more_gets_no_more(
+    spec: RolloutSpec, events: list[tuple[Event, float]]
+) -> None:
+    for before, event, _, after in states(spec, events):
+        if before.phase is Phase.GROWING and isinstance(event, Looked):
+            failed = event.verdict is Verdict.FAIL
+            assert (after.outcome is Outcome.ROLLED_BACK) if failed else after is before
+
+
 @given(specs, happening)
 def test_an_abort_from_any_state_returns_stable_to_everything(
     spec: RolloutSpec, events: list[tuple[Event, float]]

@@ -68,6 +68,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
     parser.add_argument("--stock", type=Path, metavar="FILE",
                         help='{"out_of_stock": ["<item id>", ...]}, read again when it changes')  # fmt: skip
+    parser.add_argument("--cache", metavar="WHERE",
+                        help="keep answers: memory:ENTRIES in this process, or redis://HOST:PORT/DB, shared by "
+                        "servers (password: ENDCAP_REDIS_PASSWORD); default: none are kept")  # fmt: skip
+    parser.add_argument("--cache-ttl-s", type=float, default=60.0, help="a kept answer is served for so long at most")
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto",
                         help="what runs the graph; auto: CUDA where onnxruntime offers it")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2, help="runs of the graph at the same time")
@@ -106,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
     from serving.server.app import Replica, ServerApp
+    from serving.server.cache import open_cache
     from serving.server.engine import cores, on_gpu
     from serving.server.metrics import ServerMetrics
     from serving.server.service import Limits, Service, load_service
@@ -119,13 +124,22 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     metrics = ServerMetrics(arguments.version, thresholds_s=[one / 1000 for one in arguments.thresholds_ms],
                             processes=arguments.processes)  # fmt: skip
+    try:
+        cache = None
+        if arguments.cache is not None:
+            cache = open_cache(arguments.cache, ttl_s=arguments.cache_ttl_s, counts=metrics.cache,
+                               troubles=metrics.cache_troubles)  # fmt: skip
+    except EndcapError as error:
+        sys.stderr.write(one_line(error) + "\n")
+        return error.exit_code
     app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers, metrics=metrics)
 
     def load() -> Service:
         """Blocks."""
         try:
             service = load_service(arguments.package, arguments.public_key, variant=arguments.variant, limits=limits,
-                                   threads=threads, provider=arguments.provider, stock=arguments.stock)  # fmt: skip
+                                   threads=threads, provider=arguments.provider, stock=arguments.stock, cache=cache,
+                                   version=arguments.version, secret=keys.value.every[-1] if keys else b"")  # fmt: skip
         except EndcapError:
             raise
         except Exception as error:
@@ -225,7 +239,7 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: one does not.
     """
-    above = ("workers", "timeout_s", "max_waiting", "max_rows", "max_tokens", "processes")
+    above = ("workers", "timeout_s", "max_waiting", "max_rows", "max_tokens", "processes", "cache_ttl_s")
     for name in (*above, "threads", "max_wait_ms", "drain_s"):
         value = getattr(arguments, name)
         if value < 0 or (value == 0 and name in above):

@@ -36,7 +36,7 @@ from serving.server.recommend import FALLBACK_FILLED, FALLBACK_POPULAR, Asked, R
 
 __all__ = [
     "MAX_VALUE_BYTES", "AnswerCache", "Codec", "Counted", "Counts", "DamagedError", "Identity", "MemoryStore",
-    "Outputs", "Store", "open_store", "outputs_codec", "recommendation_codec",
+    "Outputs", "Store", "open_cache", "open_store", "outputs_codec", "recommendation_codec",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -345,6 +345,12 @@ def _decode_outputs(raw: bytes) -> Outputs:
 
 outputs_codec: Codec[Outputs] = Codec(_encode_outputs, _decode_outputs)
 """Tensors by name, as they are in memory; outputs that hold objects are not kept."""
+
+
+def open_cache(text: str, *, ttl_s: float, counts: Counts, troubles: Counts) -> AnswerCache:
+    """A cache on the store that ``--cache`` names. Raises as :func:`open_store` does."""
+    store = open_store(text, counts=counts, troubles=troubles)
+    return AnswerCache(store, ttl_s=ttl_s, counts=counts, troubles=troubles)
 
 
 def open_store(text: str, *, counts: Counts | None = None, troubles: Counts | None = None) -> Store:

@@ -27,8 +27,12 @@ BATCH_BUCKETS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 ROUTES = ("recommend", "infer", "predict", "grpc", "shadow")
 """``shadow``: copies of requests for recommendations, of whose answers no shopper sees anything."""
 OUTCOMES = ("answered", "refused", "failed", "timed_out", "shed")
-CACHE_RESULTS = ("hit", "miss", "joined", "bypassed")
-"""``joined``: waited for the same answer of another request. ``bypassed``: the cache was slow or gone."""
+CACHE_RESULTS = ("hit", "miss", "joined", "renewed", "bypassed")
+"""``joined``: waited for the same answer of another request. ``renewed``: a hit that was made anew before it expired.
+``bypassed``: the cache was slow or gone, so a miss too."""
+CACHE_TROUBLES = ("timed_out", "failed", "probe_failed", "damaged", "too_large", "dropped")
+"""Redis did not answer in time, or with an error, or was not there when looked for; answers that were not whole, or too
+large to be kept, or not written."""
 FALLBACKS = (FALLBACK_POPULAR, FALLBACK_FILLED)
 _ROW_CELLS = 4096
 
@@ -134,6 +138,9 @@ class ServerMetrics(Collector):
         self.cache = {result: Cell(cells) for result in CACHE_RESULTS}
         self._counter("cache", "Requests for an answer that may be cached, by what came of it.",
                       ("result",), {(result,): cell for result, cell in self.cache.items()})  # fmt: skip
+        self.cache_troubles = {trouble: Cell(cells) for trouble in CACHE_TROUBLES}
+        self._counter("cache_troubles", "What went wrong with the cache; no request failed by it.",
+                      ("trouble",), {(trouble,): cell for trouble, cell in self.cache_troubles.items()})  # fmt: skip
         self.batch_rows = Distribution(cells, BATCH_BUCKETS)
         self._histogram("batch_rows", "Rows of a run of the graph.", (), {(): self.batch_rows})
         self.run_s = Distribution(cells, QUEUE_BUCKETS_S)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,15 @@ from numpy.typing import NDArray
 from endcap.errors import InputError, PackageError
 from endcap.package import Manifest, Task, TensorSpec
 from serving.server.batching import Batcher, Limits, OverloadedError, Priority
-from serving.server.engine import DTYPES, Engine, Tensors, cores, load_engine, verify, warm_up
+from serving.server.cache import AnswerCache, Codec, Identity, outputs_codec, recommendation_codec
+from serving.server.engine import DTYPES, Engine, GraphTimeoutError, Tensors, cores, load_engine, verify, warm_up
 from serving.server.overload import CostModel
 from serving.server.recommend import Catalogue, Recommendation, RecommendRequest, history_tensor, read_catalogue
 from serving.server.shapes import BatchShape
 
 __all__ = ["MAX_ROWS", "Limits", "OverloadedError", "Priority", "Service", "load_service"]
+
+T = TypeVar("T")
 
 MAX_ROWS = 256
 """Of one request of a task other than the recommender, whose own limit is its catalogue's."""
@@ -37,7 +41,8 @@ _WARM_S = 1.0
 class Service:
     """One loaded package. Call :meth:`infer` and :meth:`recommend` on one event loop.
 
-    ``catalogue``: a session recommender's, None for other tasks.
+    ``catalogue``: a session recommender's, None for other tasks. ``cache``: where answers are kept, by keys that begin
+    with the package's ``identity``.
     """
 
     manifest: Manifest
@@ -48,6 +53,8 @@ class Service:
     catalogue: Catalogue | None
     verification_s: float
     load_s: float
+    cache: AnswerCache | None = None
+    identity: Identity | None = None
 
     def limited(self, limits: Limits) -> Service:
         """The same loaded graph behind a batcher of its own."""
@@ -90,8 +97,14 @@ class Service:
 
     async def infer(self, inputs: Tensors, *, within_s: float = math.inf,
                     priority: Priority = Priority.SHOPPER) -> dict[str, NDArray[Any]]:  # fmt: skip
-        """All outputs by name; see :meth:`Batcher.infer`."""
-        return await self.batcher.infer(inputs, within_s=within_s, priority=priority)
+        """All outputs by name; see :meth:`Batcher.infer`. Shared with other callers: do not write to them."""
+
+        async def run() -> dict[str, NDArray[Any]]:
+            return await self.batcher.infer(inputs, within_s=within_s, priority=priority)
+
+        if self.cache is None or self.identity is None or (key := self.identity.of_inputs(inputs)) is None:
+            return await run()
+        return await self._kept(self.cache, key, run, outputs_codec, within_s)
 
     async def recommend(self, request: RecommendRequest, *, within_s: float = math.inf,
                         priority: Priority = Priority.SHOPPER) -> Recommendation:  # fmt: skip
@@ -108,8 +121,23 @@ class Service:
             return catalogue.recommend(asked)
         tensor = history_tensor(asked.known, self.manifest)
         name = self.manifest.inputs[0].name
-        outputs = await self.batcher.infer({name: tensor}, within_s=within_s, priority=priority)
-        return catalogue.recommend(asked, outputs["items"][0], outputs["scores"][0])
+
+        async def run() -> Recommendation:
+            outputs = await self.batcher.infer({name: tensor}, within_s=within_s, priority=priority)
+            return catalogue.recommend(asked, outputs["items"][0], outputs["scores"][0])
+
+        if self.cache is None or self.identity is None or request.explain:
+            return await run()
+        return await self._kept(self.cache, self.identity.of_recommendation(asked), run, recommendation_codec, within_s)
+
+    @staticmethod
+    async def _kept(cache: AnswerCache, key: bytes, run: Callable[[], Awaitable[T]], codec: Codec[T],
+                    within_s: float) -> T:  # fmt: skip
+        try:
+            return await cache.answer(key, run, codec, within_s=within_s)
+        except TimeoutError:
+            raise GraphTimeoutError(f"no answer from the graph within {within_s:g} s", where="graph",
+                                    next_step="try again") from None  # fmt: skip
 
     def close(self) -> None:
         """Let go of the batcher's threads."""
@@ -117,13 +145,15 @@ class Service:
 
 
 def load_service(folder: Path, public_key: Path, *, variant: str = "float32", limits: Limits | None = None,
-                 threads: int | None = None, provider: str = "auto", stock: Path | None = None) -> Service:  # fmt: skip
+                 threads: int | None = None, provider: str = "auto", stock: Path | None = None,
+                 cache: AnswerCache | None = None, version: str = "", secret: bytes = b"") -> Service:  # fmt: skip
     """Verify, load and warm a package; blocks.
 
     Args:
         limits: default: as many lanes as the cores given have room for.
         threads: of one run; None: the cores given, shared out over the workers.
         stock: what is in stock, of a recommender; None: the package says it, if anything does.
+        cache: where answers are kept; ``version``, the model version's label, and ``secret`` go into their keys.
 
     Raises:
         PackageError: it must not or cannot be served.
@@ -145,8 +175,10 @@ def load_service(folder: Path, public_key: Path, *, variant: str = "float32", li
     )
     shape = BatchShape(manifest)
     cost = _warm(engine, manifest, shape, folder)
+    digest = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()  # it holds the digests of all files
+    identity = Identity(version=version, package=digest, variant=variant, secret=secret)
     return Service(manifest, engine, shape, cost, Batcher(engine, shape, limits, cost=cost), catalogue,
-                   package.seconds, time.monotonic() - begun_s)  # fmt: skip
+                   package.seconds, time.monotonic() - begun_s, cache, identity)  # fmt: skip
 
 
 def _warm(engine: Engine, manifest: Manifest, shape: BatchShape, where: Path) -> CostModel:

@@ -16,7 +16,7 @@ from serving.rollout.audit import share_now
 from serving.rollout.commands import engine_runs, next_step, open_rollout, step_waiting
 from serving.rollout.declared import Declared, read_declared
 from serving.rollout.state import Outcome, Phase, State
-from serving.rollout.store import DECISIONS_FILE
+from serving.rollout.store import DECISIONS_FILE, STATE_FILE
 
 __all__ = ["Standing", "evidence_lines", "read_standing", "said"]
 
@@ -171,7 +171,19 @@ def read_standing(folder: Path) -> Standing:
     declared = read_declared(folder)
     if state.step >= len(declared.spec.steps):
         raise StateError(f"it is at step {state.step + 1}, and {len(declared.spec.steps)} are declared", where=folder)
-    return Standing(folder, state, declared, _last_line(folder / DECISIONS_FILE), engine_runs(folder))
+    line = _last_line(folder / DECISIONS_FILE)
+    if line is not None and not _leads_to(line, state):
+        raise StateError(f"it is not of the log beside it ({DECISIONS_FILE})", where=folder / STATE_FILE,
+                         next_step="restore the one that was damaged or exchanged; endcap rollout history tells "
+                         "what was decided")  # fmt: skip
+    return Standing(folder, state, declared, line, engine_runs(folder))
+
+
+def _leads_to(line: Mapping[str, Any], state: State) -> bool:
+    """Whether a log that ends in ``line``, which was written before ``state`` was, may be the state's own."""
+    seq = line.get("seq")
+    versions = (line.get("from"), line.get("to"))
+    return isinstance(seq, int) and seq >= state.seq and versions == (state.stable, state.canary)
 
 
 def _last_line(path: Path) -> Mapping[str, Any] | None:

@@ -93,14 +93,18 @@ def replay(
     """The state that a log leads to, from ``checkpoint`` on; None for an empty one.
 
     Raises:
-        StateError: a line is damaged, or is not what the line before it leads to.
+        StateError: a line is damaged, or is not what the line before it leads to; or the log, which is always written
+            first, does not hold the decision that ``checkpoint`` is of.
     """
-    state = checkpoint
+    state, is_known = checkpoint, checkpoint is None
     for number, line in enumerate(lines, 1):
         try:
             seq, action, at_s = int(line["seq"]), line["action"], float(line["at_s"])
             if state is None and action == START:
                 state = begin(spec, stable=str(line["from"]), canary=str(line["to"]), now_s=at_s)
+            elif checkpoint is not None and action != LOOK and seq == checkpoint.seq:
+                is_known = _is_of(line, checkpoint)
+                continue
             elif state is not None and action != LOOK and seq > state.seq:
                 state = decide(spec, state, event_from_json(line["event"]), at_s)
             else:
@@ -110,4 +114,15 @@ def replay(
         if state.seq != seq:
             raise StateError(f"line {number} does not follow from the lines before it", where=where,
                              next_step="restore the file, or move the rollout's folder away")  # fmt: skip
+    if not is_known and checkpoint is not None:
+        raise StateError(f"the log does not hold decision {checkpoint.seq}, which the state that was kept is of",
+                         where=where, next_step="one of the two files is damaged or another rollout's: restore it; "
+                         "the log alone suffices, a state alone does not")  # fmt: skip
     return state
+
+
+def _is_of(line: Mapping[str, Any], state: State) -> bool:
+    """Whether a line of the log tells of ``state``."""
+    told = (line["from"], line["to"], line["step"], line["phase"], line["outcome"], line["waiting"], line["reason"])
+    return told == (state.stable, state.canary, state.step + 1, state.phase, state.outcome, state.waiting,
+                    state.reason)  # fmt: skip

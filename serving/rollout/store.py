@@ -43,7 +43,13 @@ def load_state(folder: Path) -> State | None:
         StateError: it is damaged; the message names the file.
     """
     path = folder / STATE_FILE
-    return State.from_json(read_json(path), where=path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return State.from_json(read_json(path), where=path)
+    except StateError as error:
+        raise StateError(error.what, where=error.where, next_step="move it away: endcap rollout start reads where the "
+                         f"rollout stands from {DECISIONS_FILE}, and goes on") from error  # fmt: skip
 
 
 def read_commands(folder: Path, *, after: int = 0) -> list[Commanded]:
@@ -74,6 +80,7 @@ class RolloutStore:
         self._decisions = JsonLines(folder / DECISIONS_FILE)
         self._looks = JsonLines(folder / LOOKS_FILE)
         self._commands_bytes, self._commands = -1, 0
+        self._begun_at_s: float | None = None
 
     def declare(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Keep what the rollout was begun with."""
@@ -102,22 +109,26 @@ class RolloutStore:
         state = replay(spec, read_json_lines(path), where=path, checkpoint=checkpoint)
         if state is not None and state != checkpoint:
             self.save_state(state)
+        self._begun_at_s = None if state is None else state.started_at_s
         return state
 
     def save_state(self, state: State) -> None:
+        self._begun_at_s = state.started_at_s
         write_json(self.folder / STATE_FILE, state.to_json())
 
     def looks(self) -> Iterator[Observation]:
-        """The raw looks in their order, one at a time."""
+        """The raw looks in their order, one at a time. Those of another rollout, by when it began, are an error."""
         path = self.folder / LOOKS_FILE
         for number, record in enumerate(read_json_lines(path), 1):
+            if record.get("begun_at_s", self._begun_at_s) != self._begun_at_s:
+                raise StateError(f"line {number} is another rollout's", where=path, next_step="restore the file")
             try:
                 yield observation_from_json(record)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise StateError(f"line {number} is damaged ({error!r})", where=path) from error
 
     def add_look(self, seen: Observation) -> None:
-        self._looks.append(observation_to_json(seen))
+        self._looks.append({**observation_to_json(seen), "begun_at_s": self._begun_at_s})
 
     def add_decision(self, record: Mapping[str, Any], *, changed: bool) -> None:
         """On disk when this returns, if it ``changed`` anything: a look that changed nothing may be lost."""

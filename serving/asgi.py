@@ -5,13 +5,14 @@ Raw ASGI, because a framework's routing and request objects cost as much as the 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import orjson
 import uvicorn
@@ -145,12 +146,14 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, app: App, *, drain_s: float, finish_s: int = 3,
                  on_started: Callable[[DrainingServer], None] | None = None,
-                 on_stopping: Callable[[], Awaitable[None]] | None = None) -> None:  # fmt: skip
+                 on_stopping: Callable[[], Awaitable[None]] | None = None,
+                 http: type[asyncio.Protocol] | Literal["httptools"] = "httptools") -> None:  # fmt: skip
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="uvloop",
-                http="httptools",
+                http=http,
+                proxy_headers=False,  # nothing here asks where a request came from
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     from serving.server.app import Replica, ServerApp
     from serving.server.cache import open_cache
     from serving.server.engine import cores, on_gpu
+    from serving.server.http import SheddingProtocol
     from serving.server.metrics import ServerMetrics
     from serving.server.service import Limits, Service, load_service
 
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
                 tasks.append(asyncio.create_task(open_grpc(server)))
 
         code = DrainingServer(
-            app, drain_s=arguments.drain_s, on_started=start,
+            app, drain_s=arguments.drain_s, on_started=start, http=SheddingProtocol,
             on_stopping=close_grpc if arguments.grpc_port is not None else None,
         ).run_on(listener)  # fmt: skip
         if app.service is not None:

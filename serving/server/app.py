@@ -98,6 +98,8 @@ class ServerApp:
         self._answers = answers
         self._now_s = now_s
         self._service: Service | None = None
+        self._shed = 0
+        self._shed_said_s = -math.inf
         self._description = tensor_routes.Description(replica.version)
         self._headers: Headers = (
             (b"x-endcap-version", replica.version.encode()),
@@ -123,6 +125,39 @@ class ServerApp:
         self.metrics.ready.set(1)
         service.batcher.observer = self.metrics
         self._service = service
+
+    @property
+    def crowded(self) -> bool:
+        """Whether some request might be turned away now; cheap."""
+        return self._service is not None and self._service.batcher.crowded
+
+    def turn_away(self, path: str, headers: Headers) -> tuple[int, bytes, Headers] | None:
+        """The refusal of a POST that would wait in vain, counted; None for one that is let in, or is no model's."""
+        asked = Asked.of({"headers": headers})
+        if path == RECOMMEND_PATH:
+            route = "shadow" if asked.shadow else "recommend"
+        else:
+            route = tensor_routes.route_of(path) or ""
+        if not route or self._service is None:
+            return None
+        try:
+            self._service.admit(asked.priority)
+        except OverloadedError as error:
+            status, outcome = status_of(error)
+            self.metrics.attempts[route, outcome].inc()
+            self.metrics.latency[route].observe(0.0)
+            self._say_shed(route, error)
+            own = self._draining_headers if self.draining else self._headers
+            return status, self._error(route, error), (*own, _retry_after(error))
+        return None
+
+    def _say_shed(self, route: str, error: OverloadedError) -> None:
+        """Once a second at most: a line for each would cost as much as answering."""
+        self._shed += 1
+        now_s = time.monotonic()
+        if now_s >= self._shed_said_s + 1.0:
+            log.warning("%s: %d turned away since last said; %s", route, self._shed, error.what)
+            self._shed, self._shed_said_s = 0, now_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -170,8 +205,9 @@ class ServerApp:
             status, outcome = status_of(error)
             answer = self._error(route, error)
             if isinstance(error, OverloadedError):
-                more = ((b"retry-after", str(error.retry_after_s).encode()),)
-            if status >= 500:
+                more = (_retry_after(error),)
+                self._say_shed(route, error)
+            elif status >= 500:
                 log.warning("%s %d: %s", route, status, error.what)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not kill the replica, nor log a history
             log.error("%s failed by a fault of the server: %s", route, type(error).__name__)
@@ -246,6 +282,10 @@ class ServerApp:
 
 class NotReadyError(EndcapError):
     """Nothing is loaded yet."""
+
+
+def _retry_after(error: OverloadedError) -> tuple[bytes, bytes]:
+    return b"retry-after", str(error.retry_after_s).encode()
 
 
 def _method_error(allowed: str) -> InputError:

@@ -153,6 +153,11 @@ class Batcher:
 
     # -- asking
 
+    @property
+    def crowded(self) -> bool:
+        """Whether :meth:`admit` may refuse; cheap."""
+        return 2 * self.waiting >= self.adaptive.limit - 1
+
     def admit(self, priority: Priority = Priority.SHOPPER) -> None:
         """Nothing, or why a request of ``priority`` would be turned away now. Cheap: ask before reading a body.
 

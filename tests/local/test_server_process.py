@@ -219,3 +219,31 @@ def test_answers_to_compared_requests_are_on_disk_while_it_serves_and_after_it_e
     ended = run_to_end(arguments(folder, 0, "--answers", str(answers / "below")))
     assert ended.returncode != 0
     assert ended.stderr.count("\n") == 1
+
+
+def test_a_crowded_server_refuses_before_it_reads_the_body_and_the_connection_lives_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    limits = ["--max-waiting", "1", "--timeout-s", "30"]
+    with started(arguments(folder, port, *limits), port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+        body = orjson.dumps({"shopper": "1", "history": [ITEMS[20]]})
+        head = b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", port), timeout=30.0) as busy:
+            busy.sendall(head + b"\r\n" + body)
+            wait_until(lambda: 'in_flight{version="2"} 1.0' in program.get("/metrics").text, "a run is under way")
+            with socket.create_connection(("127.0.0.1", port), timeout=30.0) as raw:
+                for more, status in ((b"", b"503"), (b"x-endcap-priority: batch\r\n", b"429")):
+                    raw.sendall(head + more + b"\r\n")  # and not yet its body
+                    answer = raw.recv(4096)
+                    assert answer.startswith(b"HTTP/1.1 " + status)
+                    assert b"\r\nretry-after: " in answer
+                    assert b"\r\nx-endcap-version: 2\r\n" in answer
+                    assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["error"]["next"]
+                    raw.sendall(body + b"GET /v2/health/ready HTTP/1.1\r\nhost: x\r\n\r\n")
+                    assert raw.recv(4096).startswith(b"HTTP/1.1 200")
+                raw.sendall(head + b"expect: 100-continue\r\n\r\n")
+                assert b"\r\nconnection: close\r\n" in raw.recv(4096)
+                assert raw.recv(4096) == b""
+            assert 'outcome="shed",route="recommend",version="2"} 3.0' in program.get("/metrics").text

@@ -15,6 +15,8 @@ from serving.targets.base import Observation, ShadowObservation, VersionObservat
 __all__ = ["Lately", "Look", "LookFold", "Split", "observation_from_json", "observation_to_json", "shadow_strata"]
 
 _KEPT = 0.9
+_BESIDE_S = 60.0
+"""How long canary's events wait for control's at most: scrapes of two processes come apart by their interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,10 @@ class LookFold:
 
     The first observation is where counting begins. A counter that went back was restarted: all it holds is new. What an
     observation does not tell of a version is no data: its counts go on from where they were last seen.
+
+    Canary's events with none of control's beside them compare with nothing, so they wait for the next of control's, and
+    a stratum is then of several looks: where there are few events, or a source tells of one process at a time. That
+    hangs on how many events came, never on what became of them.
     """
 
     def __init__(self, objectives: Objectives, *, canary: str, baseline: str | None = None) -> None:
@@ -51,6 +57,10 @@ class LookFold:
         self._at_s: float | None = None
         self._share: float | None = None
         self._share_since_s = 0.0
+        self._shoppers_at_s: float | None = None
+        """The last look that told of new shoppers: what a collector that was away tells may be of all the time since."""
+        self._waiting: dict[str, tuple[float, Counts]] = {}
+        """By objective, canary's events that wait for control's, and since when."""
 
     @property
     def received(self) -> Received:
@@ -59,7 +69,7 @@ class LookFold:
     def fold(self, seen: Observation) -> Look:
         """What ``seen`` adds to the observations before it."""
         new = self._new(seen)
-        first, last_at_s = self._at_s is None, self._at_s
+        first = self._at_s is None
         self._at_s = seen.at_s
         share = seen.shares.get(self._canary, 0.0)
         if share != self._share:
@@ -76,10 +86,12 @@ class LookFold:
             before.requests + canary_new + control_new,
         )  # fmt: skip
         strata = {
-            objective.name: self._stratum(objective, seen, new, control_requests=control_new)
+            objective.name: self._beside(
+                objective.name, self._stratum(objective, seen, new, control_requests=control_new), seen
+            )
             for objective in self._objectives.objectives
         }
-        return Look(strata, self._received, canary_new, control_new, self._split(seen, new, last_at_s))
+        return Look(strata, self._received, canary_new, control_new, self._split(seen, new))
 
     def _new(self, seen: Observation) -> Mapping[tuple[str, str], Counts]:
         new = {}
@@ -105,6 +117,16 @@ class LookFold:
             canary = self._lost(seen, control_requests)
         return Stratum(canary, control)
 
+    def _beside(self, name: str, new: Stratum, seen: Observation) -> Stratum:
+        """``new`` with what waited; nothing of canary's while that goes on to wait."""
+        since_s, waited = self._waiting.pop(name, (seen.at_s, Counts()))
+        canary = waited + new.canary
+        alone = seen.shares.get(self._canary, 0.0) == 1
+        if new.control.total or not canary.total or alone or seen.at_s - since_s >= _BESIDE_S:
+            return Stratum(canary, new.control)
+        self._waiting[name] = since_s, canary
+        return Stratum(Counts(), Counts())
+
     def _lost(self, seen: Observation, control_requests: int) -> Counts:
         """A canary with a share and no ready replica fails its share of the requests, whoever answered them instead.
 
@@ -115,13 +137,16 @@ class LookFold:
             return Counts()
         return Counts(0, round(control_requests * share))
 
-    def _split(self, seen: Observation, new: Mapping[tuple[str, str], Counts], last_at_s: float | None) -> Split | None:
+    def _split(self, seen: Observation, new: Mapping[tuple[str, str], Counts]) -> Split | None:
         """Of shoppers, once all impressions that closed in this look were issued under one share."""
-        if seen.window_s is None or self._share is None or last_at_s is None or not 0 < self._share < 1:
-            return None
-        if last_at_s - seen.window_s < self._share_since_s:
-            return None
         total = sum(counts.total for (_, what), counts in new.items() if what == "shoppers")
+        if total == 0:
+            return None
+        since_s, self._shoppers_at_s = self._shoppers_at_s, seen.at_s
+        if seen.window_s is None or self._share is None or since_s is None or not 0 < self._share < 1:
+            return None
+        if since_s - seen.window_s < self._share_since_s:
+            return None
         return Split(new.get((self._canary, "shoppers"), Counts()).total, total, self._share)
 
 

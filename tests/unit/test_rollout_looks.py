@@ -130,6 +130,43 @@ def test_the_split_of_shoppers_is_told_only_when_one_share_decided_all_of_it() -
     assert (splits[10].canary, splits[10].total, splits[10].share) == (10, 100, 0.1)
 
 
+def test_shoppers_that_a_collector_tells_of_late_are_not_held_against_the_share_that_came_since() -> None:
+    fold, splits = LookFold(OBJECTIVES, canary="2"), []
+    for second in range(40):
+        told = min(second, 8) if second < 30 else second  # it was away from 8 to 30, and the share was changed at 10
+        share = 0.1 if second < 10 else 0.5
+        splits.append(fold.fold(seen(second, share, v1=version(90 * told), v2=version(10 * told))).split)
+    assert [second for second, split in enumerate(splits) if split is not None] == [6, 7, 8, *range(31, 40)]
+
+
+def test_canary_s_events_wait_for_control_s_where_a_source_tells_of_one_at_a_time() -> None:
+    fold, strata = LookFold(COUNTED, canary="2"), []
+    for second in range(60):
+        by_version = {
+            "v1": version(0, measured={"baskets": Counts(9, 30)} if second % 15 == 3 else {}),
+            "v2": version(0, measured={"baskets": Counts(1, 5)} if second % 15 == 9 else {}),
+        }
+        times = second // 15 + 1
+        for name, one in by_version.items():
+            grown = {what: Counts(c.good * times, c.total * times) for what, c in one.measured.items()}
+            by_version[name] = replace(one, measured=grown)
+        look = fold.fold(seen(second, **by_version))
+        stratum = look.strata.get("baskets", Stratum(Counts(), Counts()))
+        if stratum.canary.total:
+            strata.append((second, stratum))
+    assert strata == [(second, Stratum(Counts(1, 5), Counts(9, 30))) for second in (18, 33, 48)]
+
+
+def test_canary_s_events_wait_for_nobody_where_it_has_all_the_traffic_or_control_has_been_silent_for_long() -> None:
+    fold = LookFold(OBJECTIVES, canary="2")
+    fold.fold(seen(0, v1=version(0), v2=version(0)))
+    alone = [fold.fold(seen(second, v1=version(0), v2=version(10 * second))) for second in range(1, 63)]
+    told = [(look.strata["availability"].canary.total, at_s) for at_s, look in enumerate(alone, 1)]
+    assert [one for one in told if one[0]] == [(610, 61)]
+    look = fold.fold(seen(63, share=1.0, v1=version(0), v2=version(630)))
+    assert look.strata["availability"] == Stratum(Counts(20, 20), Counts())
+
+
 def test_a_look_on_disk_is_the_look() -> None:
     whole = replace(
         seen(7.5, v1=version(90, measured={"baskets": Counts(1, 2)}), v2=version(10, 7, replicas=2)),

@@ -83,7 +83,7 @@ _LEAST_CONTROL = 0.5
 """Control with fewer events than this for one of canary's (and any at all) is too thin to notice an outage in time."""
 
 _CONTROL_STEPS = ((0.22, 1.0), (0.45, 1.0), (0.9, 1.0), (1.6, 0.7), (3.0, 0.3))
-_GOAL_STEPS = ((0.5, 0.5), (1.3, 0.8), (2.3, 1.0), (3.4, 1.0))
+_GOAL_STEPS = ((0.5, 0.3), (1.3, 0.6), (2.5, 1.0), (3.6, 2.0))
 _BETTER_STEPS = ((0.03, 1.0), (0.06, 1.0), (0.12, 1.0), (0.24, 1.0), (0.5, 0.7), (1.0, 0.5))
 """How far beyond the line the alternatives lie, in log-odds, each with its weight: from a hint to a catastrophe."""
 _PASS_FRACTIONS = ((0.6, 0.3), (1.0, 0.7))
@@ -93,7 +93,7 @@ _FROM_THE_START = 0.9
 (:func:`put_in`), so that a canary that was well for an hour and then breaks has not lost what is bet against it by
 then. A mixture over starting times is an e-process too; keeping the greater of what is left and what is put in, instead
 of their sum, only makes it less."""
-_CONTROL_WEIGHT = 0.55
+_CONTROL_WEIGHT = 0.5
 """Weight of "worse than control" in the mean of the two fail e-processes; "worse than its goal" has the rest."""
 
 

@@ -15,9 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from endcap.files import write_atomic, write_json
 from endcap.package import (
+    ATTRIBUTES_FILE,
     ITEMS_FILE,
     MODEL_CARD_FILE,
     POPULAR_FILE,
+    Attributes,
     Manifest,
     Task,
     TensorSpec,
@@ -46,6 +48,7 @@ def make_package(
     fails_on: Sequence[str] = (),
     stalls_on: Sequence[str] = (),
     stall_loops: int = 3_000_000,
+    attributes: Attributes | None = None,
 ) -> Path:
     """Make, seal and sign a package in ``folder`` (created); returns ``folder``.
 
@@ -59,6 +62,7 @@ def make_package(
         fails_on: items; a history holding one makes the graph fail at run time (not at load).
         stalls_on: items; a history holding one keeps the graph busy for ``stall_loops`` turns of an empty
             loop (some seconds, on one core).
+        attributes: written as ``attributes.json``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     top_k = min(top_k, len(items))
@@ -70,6 +74,8 @@ def make_package(
         write_atomic(folder / file, graph)
     write_json(folder / ITEMS_FILE, list(items))
     write_json(folder / POPULAR_FILE, list(reversed(items)) if popular is None else list(popular))
+    if attributes is not None:
+        write_json(folder / ATTRIBUTES_FILE, attributes.model_dump(mode="json", exclude_none=True))
     write_atomic(folder / MODEL_CARD_FILE, f"# {name}\nA package for tests.\n")
     seal(
         folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from pathlib import Path
 from endcap.errors import from_os_error
 from endcap.files import replaced_folder, write_atomic, write_json
 from endcap.package import (
+    ATTRIBUTES_FILE,
     ITEMS_FILE,
     MODEL_CARD_FILE,
     POPULAR_FILE,
+    Attributes,
     Manifest,
     Task,
     TensorSpec,
@@ -40,6 +43,7 @@ class PackageParts:
         quality: measured offline metrics by variant.
         lineage: where it comes from, by name.
         created_at: UTC, ISO 8601.
+        attributes: what is known of items beside their ids; None: nothing, and the package has no such file.
     """
 
     name: str
@@ -54,6 +58,7 @@ class PackageParts:
     created_at: str
     quality: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
+    attributes: Attributes | None = None
 
 
 def build_package(folder: Path, parts: PackageParts, private_key: Path) -> Manifest:
@@ -73,6 +78,9 @@ def build_package(folder: Path, parts: PackageParts, private_key: Path) -> Manif
                 shutil.copyfile(source, scratch / file)
             write_json(scratch / ITEMS_FILE, list(parts.items))
             write_json(scratch / POPULAR_FILE, list(parts.popular))
+            if parts.attributes is not None:
+                said = parts.attributes.model_dump(mode="json", exclude_none=True)
+                write_atomic(scratch / ATTRIBUTES_FILE, json.dumps(said, separators=(",", ":")))
             write_atomic(scratch / MODEL_CARD_FILE, parts.card)
             manifest = seal(
                 scratch,

@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_serializer
 
 from endcap.documents import describe_validation
 from endcap.errors import PackageError
@@ -50,6 +50,11 @@ class ItemAttributes(BaseModel):
     category: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     scenes: frozenset[Scene] | None = None
     in_stock: bool | None = None
+
+    @field_serializer("scenes")
+    def _in_order(self, scenes: frozenset[Scene] | None) -> list[str] | None:
+        """Equal attributes are equal bytes."""
+        return None if scenes is None else sorted(scenes)
 
 
 class Attributes(BaseModel):

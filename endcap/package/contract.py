@@ -6,6 +6,7 @@ A package is a folder::
     model.onnx        the float32 graph (top-k inside); model.int8.onnx the quantised one
     items.json        the item table: a JSON list of external item ids; the graph's item i is entry i - 1, 0 is padding
     popular.json      item ids to fall back to, most popular first
+    attributes.json   (optional) categories, scenes and stock of items, for the recommender's steps; see attributes.py
     MODEL_CARD.md     for people
     model.sig         OpenSSF model-signing bundle over all of the above
 
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from endcap.documents import Name, describe_validation
 from endcap.errors import PackageError, VerificationError
 from endcap.files import sha256_file, write_json
+from endcap.package.attributes import ATTRIBUTES_FILE, parse_attributes
 
 __all__ = [
     "ITEMS_FILE", "MANIFEST_FILE", "MODEL_CARD_FILE", "POPULAR_FILE", "SIGNATURE_FILE",
@@ -122,8 +124,10 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Write ``manifest`` into ``folder`` with the digests of all its files. Sign after this.
 
     Raises:
-        PackageError: a file that the manifest names is missing.
+        PackageError: a file that the manifest names is missing, or the item attributes are of another form.
     """
+    if (folder / ATTRIBUTES_FILE).is_file():
+        parse_attributes((folder / ATTRIBUTES_FILE).read_bytes(), where=folder / ATTRIBUTES_FILE)
     digests = {path.name: sha256_file(path) for path in _content(folder)}
     sealed = manifest.model_copy(update={"digests": digests})
     for name in _named_files(sealed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from pathlib import Path
 
@@ -23,7 +24,17 @@ from components.packaging.defects import Defect, make_defective
 from components.steps.learning import evaluate_models
 from components.steps.stored_models import BLEND, StoredModels, load_models, save_models, scorer
 from endcap.errors import PackageError, StorageError, VerificationError
-from endcap.package import ensure_signing_key, read_items, verify_package
+from endcap.package import (
+    ATTRIBUTES_FILE,
+    Attributes,
+    ItemAttributes,
+    Scene,
+    ensure_signing_key,
+    parse_attributes,
+    read_items,
+    seal,
+    verify_package,
+)
 from tests.packages import ITEMS, make_package
 
 
@@ -106,6 +117,25 @@ def test_a_built_package_verifies_and_replaces_an_older_one(graph_file, tmp_path
         build_package(tmp_path / "package", parts(graph_file), private)
     assert verify_package(tmp_path / "package", public).model == "item-knn"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_item_attributes_are_packaged_signed_and_checked(graph_file, tmp_path):
+    key, public = ensure_signing_key(tmp_path / "keys")
+    said = Attributes(
+        items={"1": ItemAttributes(category="hair", scenes=frozenset({Scene.HOME, Scene.COUPON}), in_stock=False),
+               "2": ItemAttributes()},
+        popular={Scene.HOME: ("2", "1")},
+    )  # fmt: skip
+    folder = tmp_path / "package"
+    manifest = build_package(folder, dataclasses.replace(parts(graph_file), attributes=said), key)
+    assert ATTRIBUTES_FILE in manifest.digests
+    assert parse_attributes((folder / ATTRIBUTES_FILE).read_bytes(), where=folder) == said
+    (folder / ATTRIBUTES_FILE).write_text('{"items": {}}')
+    with pytest.raises(VerificationError, match=r"attributes\.json"):
+        verify_package(folder, public)
+    (folder / ATTRIBUTES_FILE).write_text('{"items": {"1": {"scenes": ["attic"]}}}')
+    with pytest.raises(PackageError, match="scenes"):
+        seal(folder, manifest)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(graph_file, tmp_path, monkeypatch):

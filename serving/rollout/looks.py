@@ -58,7 +58,7 @@ class LookFold:
         self._share: float | None = None
         self._share_since_s = 0.0
         self._shoppers_at_s: float | None = None
-        """The last look that told of new shoppers: what a collector that was away tells may be of all the time since."""
+        """The last look that told of new shoppers: what a collector that was away tells may be of any time since."""
         self._waiting: dict[str, tuple[float, Counts]] = {}
         """By objective, canary's events that wait for control's, and since when."""
 

@@ -206,15 +206,22 @@ class FolderLock:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(handle, 64, 0).decode(errors="replace").strip() or "unknown"
             os.close(handle)
-            raise BusyError(f"in use by process {holder}", where=self.path.parent,
+            raise BusyError(f"in use by process {self.holder}", where=self.path.parent,
                             next_step="wait for it to end, or choose another folder") from error  # fmt: skip
         with contextlib.suppress(OSError):
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
         self._handle = handle
         return self
+
+    @property
+    def holder(self) -> str:
+        """The id of the process that holds it, or held it last; "unknown" where that cannot be read."""
+        try:
+            return self.path.read_bytes()[:64].decode(errors="replace").strip() or "unknown"
+        except OSError:
+            return "unknown"
 
     @property
     def is_held(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 import shlex
 import socket
 import time
@@ -22,7 +23,7 @@ from endcap.errors import EndcapError, InputError, OutcomeError, StateError
 if TYPE_CHECKING:
     from endcap.cli.standing import Standing
     from serving.rollout.events import Command
-    from serving.rollout.state import State
+    from serving.rollout.state import Outcome, State
     from serving.targets import LocalTarget
 
 app = typer.Typer(no_args_is_help=True, help="Roll out a model version, decided by evidence.")
@@ -61,7 +62,10 @@ def start(
     package: Annotated[
         Path | None, typer.Option(help="The candidate's package, where no registry is at hand (with --label).")
     ] = None,
-    label: Annotated[str, typer.Option(help="Label of the version in --package.")] = "candidate",
+    label: Annotated[
+        str | None,
+        typer.Option(help="Label of the version in --package (default: the document's).", show_default=False),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Start a rollout, or go on with one that was cut off. Exits 4 when it ends in anything but a promotion.
@@ -80,9 +84,9 @@ def start(
     try:
         spec.judged(declared)  # what does not fit is said before anything is fetched
     except InputError as error:
-        raise InputError(error.what, where=error.where or file, next_step=error.next_step) from error
+        raise InputError(error.what, where=file, next_step=error.next_step) from error
     if package is not None:
-        candidate = ModelVersion(label, package.absolute())
+        candidate = ModelVersion(label or _label_of(spec.candidate), _existing(package))
     else:
         candidate = resolve_candidate(spec.candidate, registry)
     folder = folder or DEFAULT_FOLDER / f"{spec.service}-{candidate.label}"
@@ -99,7 +103,27 @@ def start(
     console.result({"from": result.stable, "to": result.canary, "verdict": result.outcome,
                     "reason": result.reason, "seconds": round(result.seconds, 3), "folder": str(folder)})  # fmt: skip
     if result.outcome != "promoted":
-        raise OutcomeError(f"version {result.canary} was not promoted: {result.outcome}, {result.reason}")
+        raise OutcomeError(_not_promoted(result.canary, result.outcome, result.reason))
+    console.good(f"version {result.canary} was promoted: {result.reason}")
+
+
+def _label_of(candidate: str) -> str:
+    """The version that ``models:/NAME/VERSION`` names; an alias, or anything else, names none."""
+    match = re.fullmatch(r"models:/[^/@]+/(\d+)", candidate)
+    return "candidate" if match is None else match[1]
+
+
+def _existing(package: Path) -> Path:
+    if not package.is_dir():  # said here, a mistyped path does not use the rollout's folder up
+        raise InputError("no such package folder", where=package)
+    return package.absolute()
+
+
+def _not_promoted(label: str, outcome: Outcome | None, reason: str) -> str:
+    from endcap.cli.standing import said
+
+    ended = said(outcome)
+    return f"version {label} was not promoted: {reason if reason.startswith(ended) else f'{ended}, {reason}'}"
 
 
 def _objectives_of(target: LocalTarget) -> Path:
@@ -120,7 +144,7 @@ def status(
     json_output: JsonOption = False,
 ) -> None:
     """Where a rollout stands, with or without an engine."""
-    from endcap.cli.standing import read_standing, said
+    from endcap.cli.standing import read_standing
 
     console = Console(json_output=json_output)
     standing = _follow(console, folder) if watch else read_standing(folder)
@@ -128,8 +152,8 @@ def status(
         console.page(standing.page(time.time()))
     console.result(standing.to_json())
     if watch and standing.state.outcome != "promoted":
-        raise OutcomeError(f"version {standing.state.canary} was not promoted: {said(standing.state.outcome)}, "
-                           f"{standing.state.reason}")  # fmt: skip
+        state = standing.state
+        raise OutcomeError(_not_promoted(state.canary, state.outcome, state.reason))
 
 
 def _follow(console: Console, folder: Path) -> Standing:
@@ -358,6 +382,8 @@ def _await(folder: Path, number: int, timeout_s: float) -> Standing:
 
 
 def _unheard(standing: Standing, verb: str, timeout_s: float) -> EndcapError:
+    from serving.rollout.commands import engine_process
+
     if standing.state.ended:
         return OutcomeError(f"it ended before that: {standing.headline}", where=standing.folder)
     if not standing.engine:
@@ -365,7 +391,8 @@ def _unheard(standing: Standing, verb: str, timeout_s: float) -> EndcapError:
                             next_step="endcap rollout start goes on with it")  # fmt: skip
     return OutcomeError(f"not taken up after {timeout_s:g} s; it stays asked: {standing.headline}",
                         where=standing.folder,
-                        next_step=f"the engine may be busy: endcap rollout status {standing.folder}")  # fmt: skip
+                        next_step=f"process {engine_process(standing.folder)}, the engine, may be busy: endcap rollout "
+                        f"status {standing.folder}; one that hangs is ended (kill -9), then repeat this")  # fmt: skip
 
 
 def _abort_here(console: Console, state: State, folder: Path, target: Path | None) -> None:
@@ -376,8 +403,9 @@ def _abort_here(console: Console, state: State, folder: Path, target: Path | Non
     try:
         result = bring_back(console, state, open_target(target), folder)
     except EndcapError as error:
+        by_hand = f"endcap serve restore {state.stable} returns the traffic without the rollout"
         raise type(error)(f"the abort is kept, and nothing was returned yet: {error.what}", where=error.where,
-                          next_step=error.next_step) from error  # fmt: skip
+                          next_step=error.next_step or by_hand) from error  # fmt: skip
     if result.outcome == "promoted":
         raise OutcomeError(f"version {result.canary} was promoted before that", where=folder)
     console.good(f"version {result.canary} was {result.outcome.value.replace('_', ' ')}: all traffic is on version "

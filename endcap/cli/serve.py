@@ -15,8 +15,8 @@ import typer
 
 from endcap.cli.console import Console
 from endcap.cli.options import JsonOption, TargetOption
-from endcap.errors import InputError, PackageError, TargetError
-from endcap.files import write_atomic
+from endcap.errors import BusyError, CapacityError, InputError, PackageError, TargetError
+from endcap.files import FolderLock, write_atomic
 
 if TYPE_CHECKING:
     from serving.targets.config import Kept
@@ -105,6 +105,43 @@ def status(target: TargetOption = None, json_output: JsonOption = False) -> None
         ],
     )
     console.result(state.model_dump(mode="json"))
+
+
+@app.command()
+def restore(
+    version: Annotated[str, typer.Argument(help="Label of a version that runs here; see endcap serve status.")],
+    target: TargetOption = None,
+) -> None:
+    """Give all traffic to one version by hand: the way back where a rollout's folder is lost or damaged.
+
+    Where the rollout's folder is whole, endcap rollout abort does it, and keeps who did it.
+    """
+    from serving.targets import ModelVersion, open_target
+
+    running = open_target(target)
+    versions = running.state().versions
+    if version not in versions:
+        raise InputError(f"version {version} does not run here", where=running.folder,
+                         next_step=f"known: {', '.join(sorted(versions))}")  # fmt: skip
+    shares = {ModelVersion(version, versions[version]): 1.0}
+    with contextlib.ExitStack() as held:
+        for lock in sorted(running.folder.glob(".rollout-*.lock")):
+            try:
+                held.enter_context(FolderLock(running.folder, name=lock.name))
+            except BusyError as error:
+                raise BusyError(f"a rollout runs here ({error.what})", where=running.folder,
+                                next_step="end it: endcap rollout abort FOLDER") from error  # fmt: skip
+        token = running.acquire("restored by hand")
+        running.set_shadow(None, token=token)
+        try:
+            running.ensure_capacity(shares, token=token)
+        except CapacityError:  # what it has is better than a canary that has to go, and is then all that is left
+            running.set_shares(shares, token=token)
+            raise
+        running.set_shares(shares, token=token)
+        for other in sorted(versions.keys() - {version}):
+            running.retire(other, token=token)
+    Console().good(f"all traffic is on version {version}")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import COMMANDS_FILE, DECISIONS_FILE, load_state, read_commands
 
-__all__ = ["MAX_NAME", "ask", "engine_runs", "next_step", "open_rollout", "step_waiting"]
+__all__ = ["MAX_NAME", "ask", "engine_process", "engine_runs", "next_step", "open_rollout", "step_waiting"]
 
 MAX_NAME = 200
 _LOCK = ".commands.lock"
@@ -34,7 +34,8 @@ def open_rollout(folder: Path) -> State:
     state = load_state(folder)
     if state is not None:
         return state
-    if (folder / DECISIONS_FILE).exists():
+    path = folder / DECISIONS_FILE
+    if path.exists() and path.stat().st_size > 0:
         raise InputError("this rollout was cut off as it began", where=folder,
                          next_step="go on with it: endcap rollout start")  # fmt: skip
     raise InputError("no rollout here", where=folder, next_step="name the folder that endcap rollout start was given")
@@ -81,6 +82,11 @@ def ask(
 def engine_runs(folder: Path) -> bool:
     """Whether an engine holds the rollout's folder now."""
     return FolderLock(folder).is_held
+
+
+def engine_process(folder: Path) -> str:
+    """The id of the process that holds, or last held, the rollout's folder; "unknown" where that cannot be told."""
+    return FolderLock(folder).holder
 
 
 def next_step(state: State) -> int:

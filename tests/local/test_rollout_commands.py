@@ -131,9 +131,10 @@ def test_a_rollout_is_paused_stopped_gone_on_with_approved_and_promoted(shop: tu
         assert here.endcap("resume", folder).returncode == 0
         wait_until(lambda: read_standing(folder).approval == 2, "step 2 waits for approval again")
         assert here.endcap("approve", folder).returncode == 0
-        said, _ = engine.communicate(timeout=60)
+        said, for_people = engine.communicate(timeout=60)
         assert engine.returncode == 0
         assert json.loads(said)["verdict"] == "promoted"
+        assert "version 2 was promoted: " in for_people
     assert here.target.observe().shares == {"2": 1.0}
     assert here.endcap("history", folder, "--verify").returncode == 0
     assert here.endcap("status", folder, "--watch").returncode == 0

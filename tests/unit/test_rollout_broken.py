@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from endcap.cli.main import app
+from endcap.cli.rollout import _label_of, _not_promoted
 from endcap.cli.standing import read_standing
-from endcap.errors import StateError
-from endcap.files import read_json_lines
+from endcap.errors import BusyError, CapacityError, InputError, OutcomeError, StateError
+from endcap.files import FolderLock, read_json_lines
+from serving.rollout.commands import ask
 from serving.rollout.engine import RolloutResult, run_rollout
+from serving.rollout.events import Command
+from serving.rollout.state import Outcome
 from serving.rollout.store import DECISIONS_FILE, LOOKS_FILE, STATE_FILE
 from tests.simulated import CANARY, OBJECTIVES, SPEC, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
@@ -94,3 +101,103 @@ def test_a_damaged_state_is_made_again_from_the_log_as_its_error_says(cut_off: t
     assert caught.value.next_step is not None and "move it away" in caught.value.next_step
     (folder / STATE_FILE).rename(folder / "damaged")
     assert roll(folder, target).outcome == "promoted"
+
+
+# ---- a rollout's folder is gone, and its canary still has traffic ----
+
+
+class Serving(SimulatedTarget):
+    """As much of a local target as ``endcap serve restore`` needs."""
+
+    folder = Path()
+
+    def state(self) -> SimpleNamespace:
+        return SimpleNamespace(versions=PACKAGES)
+
+
+@pytest.fixture
+def abandoned(cut_off: tuple[Path, SimulatedTarget], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
+    folder, target = cut_off
+    shutil.rmtree(folder)
+    target.__class__ = Serving
+    assert isinstance(target, Serving)
+    target.folder = tmp_path / "target"
+    target.folder.mkdir()
+    monkeypatch.setattr("serving.targets.open_target", lambda _folder: target)
+    assert target.shares["2"] > 0
+    return target
+
+
+def endcap(*arguments: object) -> None:
+    app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def test_all_traffic_is_returned_by_hand_where_a_rollout_is_lost(abandoned: Serving) -> None:
+    endcap("serve", "restore", "1")
+    assert (abandoned.shares, abandoned.capacity) == ({"1": 1.0}, {"1"})
+    endcap("serve", "restore", "1")
+    assert abandoned.shares == {"1": 1.0}
+
+
+def test_traffic_returns_by_hand_although_its_replicas_do_not(
+    abandoned: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_shares: Mapping[object, float], *, token: int) -> None:
+        raise CapacityError(f"no room {token}")
+
+    monkeypatch.setattr(abandoned, "ensure_capacity", refuse)
+    with pytest.raises(CapacityError):
+        endcap("serve", "restore", "1")
+    assert abandoned.shares == {"1": 1.0}
+
+
+def test_nothing_is_restored_under_a_rollout_that_runs_or_to_a_version_that_does_not(abandoned: Serving) -> None:
+    before = dict(abandoned.shares)
+    with pytest.raises(InputError, match="version 7 does not run here"):
+        endcap("serve", "restore", "7")
+    with FolderLock(abandoned.folder, name=".rollout-shop.lock"), pytest.raises(BusyError, match="a rollout runs here"):
+        endcap("serve", "restore", "1")
+    assert abandoned.shares == before
+
+
+# ---- what people are told ----
+
+
+def test_an_engine_that_does_not_hear_is_named(cut_off: tuple[Path, SimulatedTarget]) -> None:
+    folder, _ = cut_off
+    with FolderLock(folder) as held, pytest.raises(OutcomeError) as caught:
+        endcap("rollout", "abort", folder, "--timeout", 0)
+    assert f"process {held.holder}" in str(caught.value)
+    assert ask(folder, Command.ABORT, by="the same") == 1, "it stays asked"
+
+
+def test_a_folder_that_a_refused_start_left_holds_no_rollout(tmp_path: Path) -> None:
+    (tmp_path / DECISIONS_FILE).touch()
+    with pytest.raises(InputError, match="no rollout here"):
+        endcap("rollout", "status", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("candidate", "label"),
+    [("models:/shop/7", "7"), ("models:/shop@champion", "candidate"), ("shop", "candidate")],
+)
+def test_a_package_without_a_label_is_the_version_that_the_document_names(candidate: str, label: str) -> None:
+    assert _label_of(candidate) == label
+
+
+def test_a_mistyped_package_does_not_use_the_rollout_s_folder_up(abandoned: Serving, tmp_path: Path) -> None:
+    head = "apiVersion: endcap.dev/v1alpha1\nkind: {}\nmetadata: {{name: shop}}\nspec: "
+    rollout, objectives = tmp_path / "rollout.yaml", tmp_path / "objectives.yaml"
+    rollout.write_text(head.format("Rollout") + '{service: shop, candidate: "models:/shop/2"}')
+    objectives.write_text(
+        head.format("Objectives") + "{service: shop, objectives: [{name: up, goal: 0.9, good: answered}]}"
+    )
+    with pytest.raises(InputError, match="no such package folder"):
+        endcap("rollout", "start", rollout, "--objectives", objectives, "--package", tmp_path / "none", "--folder",
+               tmp_path / "new")  # fmt: skip
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_outcome_is_not_said_twice() -> None:
+    assert _not_promoted("2", Outcome.ABORTED, "aborted by ann") == "version 2 was not promoted: aborted by ann"
+    assert _not_promoted("2", Outcome.ROLLED_BACK, "latency") == "version 2 was not promoted: rolled back, latency"

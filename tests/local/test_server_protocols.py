@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -253,3 +254,69 @@ def test_a_grpc_port_in_use_is_said_on_one_line(folder: Path) -> None:
     said = [line for line in ended.stderr.splitlines() if "serving.server" not in line]
     assert (ended.returncode, len(said)) == (2, 1), ended.stderr
     assert f"port {port} is in use" in said[0]
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def hostile(number: int) -> tuple[bytes, bytes]:
+    """Bytes for the HTTP port and for the gRPC one: random, or nearly right."""
+    random = Random(number)
+    noise = random.randbytes(random.randrange(1, 400))
+    body = bytearray(infer_body())
+    for _ in range(random.randrange(4)):
+        body[random.randrange(len(body))] = random.randrange(256)
+    head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body) + random.randrange(-3, 4)}\r\n".encode()
+    http = [
+        noise,
+        head + b"\r\n" + body,
+        head + noise.replace(b"\n", b"") + b"\r\n\r\n" + body,
+        head + b"Transfer-Encoding: chunked\r\n\r\n" + noise,
+        head.replace(b"recommender", noise[:30]) + b"\r\n" + body,
+        b"GET /" + noise + b" HTTP/1.1\r\n\r\n",
+    ]
+    size = random.randrange(0, 60)
+    frame = size.to_bytes(3, "big") + bytes([random.randrange(11), random.randrange(256)]) + random.randbytes(4)
+    grpc_bytes = [noise, PREFACE + noise, PREFACE + bytes(9) + (frame + random.randbytes(size)) * 3, PREFACE[:9]]
+    return random.choice(http), random.choice(grpc_bytes)
+
+
+def exchange(address: tuple[str, int], sent: bytes, *, half_close: bool) -> bytes:
+    """What comes back; a peer that says no more, or that just goes."""
+    with socket.create_connection(address, timeout=30.0) as peer:
+        try:
+            peer.sendall(sent)
+            if not half_close:
+                return b""
+            peer.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: peer.recv(65536), b""))
+        except ConnectionError:
+            return b""
+
+
+def memory_mb(program: Program) -> float:
+    status = Path(f"/proc/{program.process.pid}/status").read_text()
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def test_hostile_bytes_on_either_port_do_no_harm(server: Program) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    grpc_host, grpc_port = grpc_address(server).split(":")
+    before_mb = 0.0
+    for number in range(600):
+        http_bytes, grpc_bytes = hostile(number)
+        answer = exchange((host, int(port)), http_bytes, half_close=number % 3 != 0)
+        assert not re.search(rb"HTTP/1.1 5\d\d", answer), (number, http_bytes, answer)
+        exchange((grpc_host, int(grpc_port)), grpc_bytes, half_close=number % 3 == 0)
+        if number == 200:
+            before_mb = memory_mb(server)
+    raw = Raw(server.url)
+    assert raw.post(infer_body())[0] == 200
+    raw.close()
+    request = grpc_messages.message("ServerReadyRequest")().SerializeToString()
+    with grpc.insecure_channel(f"{grpc_host}:{grpc_port}") as channel:
+        assert channel.unary_unary(f"/{grpc_messages.SERVICE}/ServerReady")(request, timeout=30.0) == b"\x08\x01"
+    assert memory_mb(server) - before_mb < 10
+    assert "Traceback" not in server.log.read_text()

@@ -50,12 +50,16 @@ class Watched(Generic[T]):
         return True
 
 
-async def keep_fresh(files: Callable[[], Sequence[Watched[Any]]], *, every_s: float = 1.0) -> None:
-    """Refresh ``files()`` for ever, off the event loop."""
+async def keep_fresh(files: Callable[[], Sequence[Watched[Any]]], *, on_failure: Callable[[], None],
+                     every_s: float = 1.0) -> None:  # fmt: skip
+    """Refresh ``files()`` for ever, off the event loop. ``on_failure``: one could not be used, now that it changed."""
     while True:
         await asyncio.sleep(every_s)
         for file in files():
+            failures = file.failures
             await asyncio.to_thread(file.refresh)
+            for _ in range(file.failures - failures):
+                on_failure()
 
 
 def _stamp(path: Path) -> _Stamp | None:

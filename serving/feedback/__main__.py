@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     def start(server: DrainingServer) -> None:
         writers.append(Writer(store, on_damage=server.fail, on_commit=metrics.committed))
         app.open(writers[0])
-        tasks.append(asyncio.create_task(keep_fresh(lambda: [keys])))
+        tasks.append(asyncio.create_task(keep_fresh(lambda: [keys], on_failure=metrics.keys_refused.inc)))
         log.info("ready: port %d, window %g s, %s", listener.getsockname()[1], arguments.window_s, arguments.database)
 
     code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start).run_on(listener)

@@ -37,6 +37,10 @@ class FeedbackMetrics:
         self.events = {name: events.labels(name) for name in (*Outcome, "refused")}
         self.failed = Counter("endcap_feedback_failed_requests", "Requests that could not be kept.",
                               registry=self.registry)  # fmt: skip
+        self.keys_refused = Counter(
+            "endcap_feedback_keys_refused", "Key files that changed and could not be used; the keys before hold.",
+            registry=self.registry,
+        )  # fmt: skip
         self._commits = Histogram(
             "endcap_feedback_commit_seconds", "Time to bring one commit to disk.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0), registry=self.registry,

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
             say_ready(service)
 
         def start(server: DrainingServer) -> None:
-            tasks.append(asyncio.create_task(keep_fresh(watched)))
+            tasks.append(asyncio.create_task(keep_fresh(watched, on_failure=metrics.files_refused.inc)))
             if app.service is None:
                 tasks.append(asyncio.create_task(open_loaded(server)))
             if arguments.grpc_port is not None:

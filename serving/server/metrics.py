@@ -141,6 +141,9 @@ class ServerMetrics(Collector):
         self.cache_troubles = {trouble: Cell(cells) for trouble in CACHE_TROUBLES}
         self._counter("cache_troubles", "What went wrong with the cache; no request failed by it.",
                       ("trouble",), {(trouble,): cell for trouble, cell in self.cache_troubles.items()})  # fmt: skip
+        self.files_refused = Cell(cells)
+        self._counter("files_refused", "Stock or key files that changed and could not be used; what they said before "
+                      "holds.", (), {(): self.files_refused})  # fmt: skip
         self.batch_rows = Distribution(cells, BATCH_BUCKETS)
         self._histogram("batch_rows", "Rows of a run of the graph.", (), {(): self.batch_rows})
         self.run_s = Distribution(cells, QUEUE_BUCKETS_S)

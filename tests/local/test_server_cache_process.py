@@ -66,6 +66,10 @@ def test_a_kept_answer_is_the_same_with_an_impression_of_its_own(folder: Path, t
         # What is sold out is not served from the cache either.
         write_json(stock, {"out_of_stock": [ITEMS[5]]})
         wait_until(lambda: ask(program, ITEMS[4])["items"][0] == ITEMS[6], "the stock file is read again")
+        stock.write_text("half a fi")
+        refused = "endcap_server_files_refused_total"
+        wait_until(lambda: f'{refused}{{version="2"}} 1.0' in program.get("/metrics").text, "a damaged file is counted")
+        assert ask(program, ITEMS[4])["items"][0] == ITEMS[6]
 
 
 @pytest.fixture

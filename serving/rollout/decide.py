@@ -87,7 +87,10 @@ def _after_gates(spec: RolloutSpec, state: State, gated: Gated, now_s: float) ->
 def _after_act(state: State, received: Received, now_s: float) -> State:
     match state.phase:
         case Phase.GROWING:
-            return state.with_(phase=Phase.OBSERVING, intent=(), step_at_s=now_s, step_from=received)
+            begun_at_s = now_s if state.traffic_at_s is None else state.traffic_at_s
+            return state.with_(
+                phase=Phase.OBSERVING, intent=(), step_at_s=now_s, traffic_at_s=begun_at_s, step_from=received
+            )  # fmt: skip
         case Phase.SHADOWING:
             return state.with_(intent=(), step_at_s=now_s, step_from=received)
         case Phase.RETIRING | Phase.RETURNING:

@@ -307,8 +307,10 @@ class Engine:
 
     def _look(self, state: State) -> Look | None:
         """One more look; a target that does not answer is no data, and so is a source."""
+        # Shoppers count once: those who came while it waited for checks, a person or a freeze are not used up by that.
+        since_s = state.started_at_s if state.traffic_at_s is None else state.traffic_at_s
         try:
-            seen = self._target.observe(shoppers_since_s=state.started_at_s)
+            seen = self._target.observe(shoppers_since_s=since_s)
         except EndcapError as error:
             self._be_patient(error)
             return None

@@ -86,6 +86,7 @@ class State:
     ``outcome`` is decided when the rollout turns to RETIRING or RETURNING, and holds at DONE.
     ``step_at_s``: when the step's share was set (when the phase began, before the first one); the time that a rollout
     was paused is taken out. ``step_from``: what had been received by then. ``held_at_s``: when holding began.
+    ``traffic_at_s``: when canary first got a share; None before.
     ``waiting``: why it does not go on although it could; None while it may.
     ``approved``: the last step (from 1) that a person let begin. ``by_hand``: who promoted it without the evidence.
     ``compared_again``: how often it went back from all the traffic to the step before, to be compared again.
@@ -99,6 +100,7 @@ class State:
     started_at_s: float
     step_at_s: float
     intent: tuple[Action, ...]
+    traffic_at_s: float | None = None
     step_from: Received = NOTHING_RECEIVED
     outcome: Outcome | None = None
     reason: str = ""
@@ -127,7 +129,8 @@ class State:
     def to_json(self) -> dict[str, object]:
         return {
             "phase": self.phase, "step": self.step, "stable": self.stable, "canary": self.canary,
-            "started_at_s": self.started_at_s, "step_at_s": self.step_at_s, "step_from": asdict(self.step_from),
+            "started_at_s": self.started_at_s, "step_at_s": self.step_at_s,
+            "traffic_at_s": self.traffic_at_s, "step_from": asdict(self.step_from),
             "intent": [_action_to_json(action) for action in self.intent],
             "verdict": self.outcome, "reason": self.reason, "ended_at_s": self.ended_at_s,
             "held_at_s": self.held_at_s, "paused_at_s": self.paused_at_s, "waiting": self.waiting,
@@ -148,6 +151,7 @@ class State:
                 phase=Phase(document["phase"]), step=int(document["step"]),
                 stable=str(document["stable"]), canary=str(document["canary"]),
                 started_at_s=float(document["started_at_s"]), step_at_s=float(document["step_at_s"]),
+                traffic_at_s=_time(document["traffic_at_s"]),
                 step_from=Received(**{name: int(value) for name, value in document["step_from"].items()}),
                 intent=tuple(_action_from_json(action) for action in document["intent"]),
                 outcome=None if outcome is None else Outcome(outcome), reason=str(document["reason"]),

@@ -28,7 +28,7 @@ from serving.rollout.spec import Mode, RolloutSpec, ShadowSpec, Step
 from serving.rollout.state import Outcome
 from serving.rollout.store import load_state
 from serving.sources.base import Reading
-from serving.targets.base import ModelVersion, StickyKey
+from serving.targets.base import ModelVersion, Observation, StickyKey
 from tests.simulated import CANARY, OBJECTIVES, SPEC, WINDOW_S, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
 
@@ -562,6 +562,23 @@ def test_a_step_that_needs_approval_waits_for_it_and_says_so(tmp_path: Path) -> 
     assert "step 2 (25%) waits for approval" in {line["waiting"] for line in lines}
     second = next(line["at_s"] for line in lines if line["action"] == "growing" and line["step"] == 2)
     assert second >= 1400
+
+
+def test_shoppers_who_came_while_it_waited_for_a_person_still_count(tmp_path: Path) -> None:
+    steps = (replace(SPEC.steps[0], approval=True), *SPEC.steps[1:])
+    clock = Scripted(tmp_path, {5_000: {"command": "approve", "step": 1}})
+    since: list[float | None] = []
+
+    class Asked(SimulatedTarget):
+        def observe(self, *, shoppers_since_s: float | None = None) -> Observation:
+            since.append(shoppers_since_s)
+            return super().observe(shoppers_since_s=shoppers_since_s)
+
+    target = Asked({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, clock, 200.0)
+    assert roll(tmp_path, target, clock, replace(SPEC, steps=steps)).outcome is Outcome.PROMOTED
+    assert since[-1] is not None
+    assert 5_000 <= since[-1] < 5_010
+    assert set(since[1:]) == {1_000.0, since[-1]}, "and from then on it is the same time"
 
 
 def test_approving_twice_approves_no_later_step(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class ServerApp:
     @property
     def crowded(self) -> bool:
         """Whether some request might be turned away now; cheap."""
-        return self._service is not None and self._service.batcher.crowded
+        return self._service is not None and self._service.crowded
 
     def turn_away(self, path: str, headers: Headers) -> tuple[int, bytes, Headers] | None:
         """The refusal of a POST that would wait in vain, counted; None for one that is let in, or is no model's."""

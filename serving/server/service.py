@@ -61,8 +61,17 @@ class Service:
         return dataclasses.replace(self, batcher=Batcher(self.engine, self.shape, limits, cost=self.cost))
 
     def admit(self, priority: Priority = Priority.SHOPPER) -> None:
-        """As :meth:`Batcher.admit`: ask before a body is read."""
-        self.batcher.admit(priority)
+        """As :meth:`Batcher.admit`: ask before a body is read.
+
+        With a cache nothing is known before that: the answer may be a kept one, which no queue is needed for.
+        """
+        if self.cache is None:
+            self.batcher.admit(priority)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether :meth:`admit` may refuse; cheap."""
+        return self.cache is None and self.batcher.crowded
 
     def check(self, inputs: Tensors) -> None:
         """Refuse tensors that keep to the manifest and that the graph was not made for.

@@ -49,16 +49,34 @@ D = TypeVar("D", bound=Document)
 
 
 def describe_validation(error: ValidationError) -> str:
-    """A pydantic error as ``spec.steps.0.share: what is wrong``, one line a fault."""
+    """A pydantic error as ``spec.steps.0.share: what is wrong``, a fault after the other."""
+    faults = error.errors(include_url=False)
+    places = [fault["loc"] for fault in faults]
     lines = []
-    for fault in error.errors(include_url=False):
-        place = ".".join(str(part) for part in fault["loc"]) or "document"
-        lines.append(f"{place}: {fault['msg']}")
+    for fault in faults:
+        place = fault["loc"]
+        if fault["type"] == "too_short" and any(other[: len(place)] == place != other for other in places):
+            continue  # a list is too short for pydantic when a member of it is wrong, which is said already
+        what = "unknown field" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{'.'.join(str(part) for part in place) or 'document'}: {what}")
     return "; ".join(lines)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``on``, ``no`` and ``n`` as booleans; here only ``true`` and ``false`` are."""
+    """YAML 1.1 reads ``on``, ``no`` and ``n`` as booleans; here only ``true`` and ``false`` are.
+
+    A key that stands twice is an error, as the specification has it: the first of two values would be lost unsaid.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {

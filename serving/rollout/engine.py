@@ -44,13 +44,16 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """Unix time at its making, and from then on what really passed: a clock that is set does not reach a rollout."""
+    """Unix time at its making, and from then on what really passed: a clock that is set does not reach a rollout.
+
+    The time that the machine was suspended passed too: freezes go on meanwhile, and so does what sources count.
+    """
 
     def __init__(self) -> None:
-        self._at_s, self._from_s = time.time(), time.monotonic()
+        self._at_s, self._from_s = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def now_s(self) -> float:
-        return self._at_s + time.monotonic() - self._from_s
+        return self._at_s + time.clock_gettime(time.CLOCK_BOOTTIME) - self._from_s
 
     def wait(self, seconds: float) -> None:
         time.sleep(max(0.0, seconds))

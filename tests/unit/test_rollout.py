@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from endcap.evidence import Counts
 from endcap.files import FolderLock, JsonLines, read_json_lines
 from endcap.objectives import Good, Objective, Objectives
 from serving.rollout.audit import replay
-from serving.rollout.engine import CountSource, Gatekeeper, RolloutResult, run_rollout
+from serving.rollout.engine import CountSource, Gatekeeper, RolloutResult, SystemClock, run_rollout
 from serving.rollout.events import Gated
 from serving.rollout.freeze import DateFreeze
 from serving.rollout.spec import Mode, RolloutSpec, ShadowSpec, Step
@@ -204,6 +205,19 @@ def test_a_rollout_is_not_gone_on_with_by_other_rules(tmp_path: Path) -> None:
     target.die_at = None
     with pytest.raises(InputError, match="begun with other alpha"):
         roll(tmp_path, target, clock, replace(SPEC, alpha=0.4))
+
+
+def test_time_that_the_machine_was_suspended_passes_and_a_clock_that_is_set_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    since_boot = {time.CLOCK_BOOTTIME: 50.0, time.CLOCK_MONOTONIC: 40.0}
+    monkeypatch.setattr(time, "clock_gettime", since_boot.__getitem__)
+    monkeypatch.setattr(time, "monotonic", lambda: since_boot[time.CLOCK_MONOTONIC])
+    monkeypatch.setattr(time, "time", lambda: 1_000.0)
+    clock = SystemClock()
+    since_boot[time.CLOCK_BOOTTIME] += 3_600
+    monkeypatch.setattr(time, "time", lambda: 9.0)
+    assert clock.now_s() == 4_600
 
 
 def test_an_engine_that_slept_and_woke_cannot_act(tmp_path: Path) -> None:

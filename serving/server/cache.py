@@ -277,7 +277,9 @@ class Identity:
         ]))  # fmt: skip
 
     def of_inputs(self, inputs: Mapping[str, NDArray[Any]]) -> bytes | None:
-        """The key of a run of the graph; None where the inputs hold objects."""
+        """The key of a run of the graph; None where the inputs hold objects, or too much to be looked at each time."""
+        if sum(value.nbytes for value in inputs.values()) > MAX_VALUE_BYTES:
+            return None
         head: list[Any] = []
         parts: list[bytes] = []
         for name in sorted(inputs):
@@ -322,6 +324,8 @@ recommendation_codec: Codec[Recommendation] = Codec(_encode_recommendation, _dec
 def _encode_outputs(outputs: Outputs) -> bytes | None:
     if any(value.dtype.hasobject for value in outputs.values()):
         return None
+    if sum(value.nbytes for value in outputs.values()) > MAX_VALUE_BYTES:
+        return None  # not even copied
     head = [[name, value.dtype.str, list(value.shape)] for name, value in outputs.items()]
     return orjson.dumps(head) + b"\n" + b"".join(value.tobytes() for value in outputs.values())
 
@@ -344,7 +348,7 @@ def _decode_outputs(raw: bytes) -> Outputs:
 
 
 outputs_codec: Codec[Outputs] = Codec(_encode_outputs, _decode_outputs)
-"""Tensors by name, as they are in memory; outputs that hold objects are not kept."""
+"""Tensors by name, as they are in memory; outputs that hold objects, or are too large, are not kept."""
 
 
 def open_cache(text: str, *, ttl_s: float, counts: Counts, troubles: Counts) -> AnswerCache:

@@ -277,6 +277,7 @@ def test_tensors_of_other_names_shapes_or_types_have_other_keys(shape: tuple[int
     assert (identity.of_inputs(base) == identity.of_inputs(other)) == (shape == (1, 4) and dtype == "int64")
     assert identity.of_inputs(base) != identity.of_inputs({"mask": base["ids"]})
     assert identity.of_inputs({"text": np.array(["a"], object)}) is None
+    assert identity.of_inputs({"ids": np.zeros((1, cache.MAX_VALUE_BYTES // 8 + 1), np.int64)}) is None
 
 
 # ---- answers to bytes and back ---------------------------------------------------------------------------------------
@@ -303,6 +304,7 @@ def test_outputs_come_back_as_they_were(dtypes: list[str], rows: int) -> None:
     for name, value in outputs.items():
         assert found[name].dtype == value.dtype and np.array_equal(found[name], value)
     assert cache.outputs_codec.encode({"text": np.array(["a"], object)}) is None
+    assert cache.outputs_codec.encode({"logits": np.zeros(cache.MAX_VALUE_BYTES // 8 + 1)}) is None
 
 
 @given(

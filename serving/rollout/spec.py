@@ -131,7 +131,8 @@ class RolloutSpec:
 
 
 class StepModel(SpecModel):
-    share: float = Field(gt=0, le=1)
+    share: float = Field(ge=0.0001, le=1)
+    """The gateway's weights are ten-thousandths: less would get more than was declared."""
     min_requests: int = Field(default=100, ge=1)
     min_seconds: float = Field(default=30, ge=0)
     max_seconds: float = Field(default=3600, gt=0, le=30 * 86_400)

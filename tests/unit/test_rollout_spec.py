@@ -79,6 +79,7 @@ def test_an_ab_test_is_one_split_and_then_all(tmp_path: Path) -> None:
     ("spec", "complaint"),
     [
         ("{service: a, candidate: b, steps: [{share: 0.5}]}", "last share must be 1"),
+        ("{service: a, candidate: b, steps: [{share: 0.00001}, {share: 1}]}", "0.0001"),
         ("{service: a, candidate: b, steps: [{share: 1}]}", "nothing to compare with"),
         ("{service: a, candidate: b, steps: [{share: 0.5}, {share: 0.25}, {share: 1}]}", "greater"),
         ("{service: a, candidate: b, steps: [{share: 0.5}, {share: 0.5}, {share: 1}]}", "greater"),

@@ -12,10 +12,11 @@ A token is ``base64url(payload || HMAC-SHA-256(key, payload))``; the payload is,
 So it is at most 174 characters. Nothing in it is secret to the shopper who carries it, and nothing can be changed.
 
 A key file holds one key or, while keys are changed, several: a line of hex each, newest first; ``#`` begins a comment.
-The first signs, all verify. With one key tokens are of format 1, which earlier releases read too. The last key makes
-the shopper hashes, so that a shopper stays the same one while keys are changed; taking it away makes all shoppers new
-ones, so do that between rollouts. To change a key that several machines hold: add the new one below the old on all of
-them, then put it first, and take the old one away when its last impression's window has closed.
+All verify; the first that is not marked ``next`` signs. With one key tokens are of format 1, which earlier releases
+read too. The last key makes the shopper hashes, so that a shopper stays the same one while keys are changed; taking it
+away makes all shoppers new ones, so do that between rollouts. To change a key that several machines hold: put
+``next <new key>`` on top on all of them, then take away the word, and last the old key, when its last impression's
+window has closed.
 """
 
 from __future__ import annotations
@@ -61,18 +62,22 @@ class Impression:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys of a key file, newest first: 1 to :data:`MAX_KEYS`, each of 32 bytes. Never shown."""
+    """The keys of a key file, newest first: 1 to :data:`MAX_KEYS`, each of 32 bytes. Never shown.
+
+    ``signing``: the place of the one that signs; those before it only verify, for now.
+    """
 
     every: tuple[bytes, ...] = field(repr=False)
+    signing: int = 0
     ids: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", b"".join(map(_key_id, self.every)))
 
     @property
-    def newest(self) -> bytes:
+    def signs(self) -> bytes:
         """The key that signs."""
-        return self.every[0]
+        return self.every[self.signing]
 
 
 def mint(key: bytes | Keys, *, version: str, shopper: str, now_s: float) -> tuple[str, str]:
@@ -88,9 +93,9 @@ def mint(key: bytes | Keys, *, version: str, shopper: str, now_s: float) -> tupl
     if len(keys.every) == 1:
         head = _HEAD.pack(1, identity, issued_at_us, shopper_hash)
     else:
-        head = _HEAD_OF_KEY.pack(2, keys.ids[0], identity, issued_at_us, shopper_hash)
+        head = _HEAD_OF_KEY.pack(2, keys.ids[keys.signing], identity, issued_at_us, shopper_hash)
     payload = head + version.encode()
-    return identity.hex(), _encode(payload + hmac.digest(keys.newest, payload, "sha256"))
+    return identity.hex(), _encode(payload + hmac.digest(keys.signs, payload, "sha256"))
 
 
 def read(key: bytes | Keys, token: str) -> Impression:
@@ -164,8 +169,8 @@ def ensure_key(path: Path) -> bytes:
 
 
 def read_key(path: Path) -> bytes:
-    """The newest key in ``path``, 32 bytes. Raises as :func:`read_keys` does."""
-    return read_keys(path).newest
+    """The key in ``path`` that signs, 32 bytes. Raises as :func:`read_keys` does."""
+    return read_keys(path).signs
 
 
 def read_keys(path: Path) -> Keys:
@@ -193,11 +198,17 @@ def _parse_keys(raw: bytes, path: Path) -> Keys:
     if len(raw) > _MAX_KEY_FILE_BYTES:
         raise InputError(f"the impression key is damaged (more than {_MAX_KEY_FILE_BYTES} bytes)", where=path)
     found: list[bytes] = []
+    coming = 0
     for number, line in enumerate(raw.splitlines(), 1):
         text = line.partition(b"#")[0].strip()
         if not text:
             continue
         where = path if len(raw.splitlines()) == 1 else f"{path}:{number}"
+        if text.startswith(b"next "):
+            if coming < len(found):
+                raise InputError("a key that is to come stands below one that signs", where=where,
+                                 next_step="put it on top")  # fmt: skip
+            text, coming = text[5:].strip(), coming + 1
         try:
             key = bytes.fromhex(text.decode("ascii"))
         except ValueError as error:
@@ -208,10 +219,10 @@ def _parse_keys(raw: bytes, path: Path) -> Keys:
         if key in found:
             raise InputError("the impression key is there twice", where=where, next_step="take one of them away")
         found.append(key)
-    if not 1 <= len(found) <= MAX_KEYS:
-        raise InputError(f"the impression key is damaged ({len(found)} keys)", where=path,
+    if not coming < len(found) <= MAX_KEYS:
+        raise InputError(f"the impression key is damaged ({len(found)} keys, {coming} of them yet to come)", where=path,
                          next_step=f"keep 1 to {MAX_KEYS} keys, one a line, in hex, newest first")  # fmt: skip
-    return Keys(tuple(found))
+    return Keys(tuple(found), coming)
 
 
 def watched_keys(path: Path) -> Watched[Keys]:

@@ -114,7 +114,7 @@ def key_file(path: Path, *keys: bytes, text: str | None = None) -> Path:
 def test_the_newest_key_signs_and_all_verify(version: str, shopper: str, count: int) -> None:
     keys = Keys(tuple(bytes([number]) * 32 for number in range(count)))
     identity, token = impressions.mint(keys, version=version, shopper=shopper, now_s=1.0)
-    assert impressions.read(keys, token) == impressions.read(keys.newest, token)
+    assert impressions.read(keys, token) == impressions.read(keys.every[0], token)
     assert (impressions.read(keys, token).id, impressions.read(keys, token).version) == (identity, version)
     assert impressions.id_in_clear(token) == identity
     _, old = impressions.mint(keys.every[-1], version=version, shopper=shopper, now_s=1.0)
@@ -156,6 +156,17 @@ def test_a_file_of_several_keys(tmp_path: Path) -> None:
     assert impressions.read_key(path) == impressions.ensure_key(path) == KEY[::-1]
 
 
+def test_a_key_that_is_to_come_verifies_and_does_not_sign(tmp_path: Path) -> None:
+    path = key_file(tmp_path / "impression.key", text=f"next {KEY[::-1].hex()}\n{KEY.hex()}\n")
+    keys = impressions.read_keys(path)
+    assert keys == Keys((KEY[::-1], KEY), signing=1) and impressions.read_key(path) == KEY
+    _, token = impressions.mint(keys, version="1", shopper="7", now_s=1.0)
+    _, to_come = impressions.mint(KEYS, version="1", shopper="7", now_s=1.0)
+    seen = [impressions.read(any_keys, one) for any_keys in (keys, KEYS) for one in (token, to_come)]
+    assert len({one.shopper_hash for one in seen}) == 1
+    assert impressions.read(KEY, token) and impressions.read(KEY[::-1], to_come)
+
+
 def test_keys_are_never_shown() -> None:
     assert KEY.hex() not in repr(KEYS) and str(KEY) not in repr(KEYS)
 
@@ -168,6 +179,8 @@ def test_keys_are_never_shown() -> None:
         (f"{KEY.hex()}\nab\n", "impression.key:2: the impression key is damaged"),
         ("\n".join(f"{number:064x}" for number in range(9)), "9 keys"),
         ("# nothing\n", "0 keys"),
+        (f"next {KEY.hex()}\n", "1 keys, 1 of them yet to come"),
+        (f"{KEY.hex()}\nnext {KEY[::-1].hex()}\n", "impression.key:2: a key that is to come stands below"),
         ("ab" * 20_000, "more than 16384 bytes"),
     ],
 )

@@ -18,7 +18,7 @@ import typer
 from endcap.cli.console import Console
 from endcap.cli.options import DEFAULT_REGISTRY, JsonOption, RegistryOption, TargetOption
 from endcap.cli.simulate import simulate
-from endcap.errors import EndcapError, InputError, OutcomeError, StateError
+from endcap.errors import EndcapError, InputError, OutcomeError, StateError, StorageError
 
 if TYPE_CHECKING:
     from endcap.cli.standing import Standing
@@ -310,7 +310,14 @@ def _ask(
         console.result(standing.to_json())
         return
     step = _step_to_approve(standing) if command is Command.APPROVE else None
-    number = ask(folder, command, by=by or _who(), step=step)
+    try:
+        number = ask(folder, command, by=by or _who(), step=step)
+    except StorageError as error:
+        if command is not Command.ABORT:
+            raise
+        raise StorageError(f"the abort could not be written down: {error.what}", where=error.where or folder,
+                           next_step=f"{error.next_step}; or end the engine, and endcap serve restore "
+                           f"{standing.state.stable} returns the traffic without it") from error  # fmt: skip
     if not engine_runs(folder):
         if command is Command.ABORT:
             _abort_here(console, standing.state, folder, target)

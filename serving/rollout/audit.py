@@ -6,7 +6,7 @@ The log is the truth and is written before anything else; ``state.json`` is a ch
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from endcap.errors import StateError
 from endcap.evidence import Evidence
 from serving.rollout.decide import begin, decide
 from serving.rollout.events import Commanded, Event, event_from_json, event_to_json
+from serving.rollout.freeze import DateFreeze, frozen
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Outcome, Phase, State
 
@@ -55,9 +56,23 @@ def decision_record(spec: RolloutSpec, decided: Decision, *, shadow: Mapping[str
         "seq": state.seq, "at_s": decided.at_s, "rollout": spec.name, "from": state.stable, "to": state.canary,
         "step": state.step + 1, "share": share_now(spec, state), "phase": state.phase, "action": decided.action,
         "verdict": evidence.verdict, "outcome": state.outcome, "reason": state.reason, "waiting": state.waiting,
-        "event": event, "evidence": _evidence(evidence, lift_of=spec.primary),
+        "event": event, "frozen": _frozen(spec, decided.at_s), "evidence": _evidence(evidence, lift_of=spec.primary),
     }  # fmt: skip
     return record if shadow is None else {**record, "shadow": shadow}
+
+
+def _frozen(spec: RolloutSpec, at_s: float) -> dict[str, Any] | None:
+    """The freeze that a decision was taken in. It may be declared while a rollout runs, so the log has to hold it."""
+    window = frozen(spec.freeze, at_s)
+    return None if window is None else {"until_s": window.until_s, "reason": window.reason}
+
+
+def _as_frozen_then(spec: RolloutSpec, line: Mapping[str, Any], at_s: float) -> RolloutSpec:
+    if "frozen" not in line:
+        return spec
+    window = line["frozen"]
+    freeze = () if window is None else (DateFreeze(at_s, float(window["until_s"]), str(window["reason"])),)
+    return replace(spec, freeze=freeze)
 
 
 def share_now(spec: RolloutSpec, state: State) -> float | None:
@@ -106,7 +121,7 @@ def replay(
                 is_known = _is_of(line, checkpoint)
                 continue
             elif state is not None and action != LOOK and seq > state.seq:
-                state = decide(spec, state, event_from_json(line["event"]), at_s)
+                state = decide(_as_frozen_then(spec, line, at_s), state, event_from_json(line["event"]), at_s)
             else:
                 continue
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ import pytest
 from endcap.cli.main import app
 from endcap.cli.rollout import _label_of, _not_promoted
 from endcap.cli.standing import read_standing
-from endcap.errors import BusyError, CapacityError, InputError, OutcomeError, StateError
+from endcap.errors import BusyError, CapacityError, InputError, OutcomeError, StateError, StorageError
 from endcap.files import FolderLock, read_json_lines
 from serving.rollout.commands import ask
 from serving.rollout.engine import RolloutResult, run_rollout
 from serving.rollout.events import Command
+from serving.rollout.freeze import DateFreeze
+from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Outcome
 from serving.rollout.store import DECISIONS_FILE, LOOKS_FILE, STATE_FILE
 from tests.simulated import CANARY, OBJECTIVES, SPEC, Behaviour, Killed, SimulatedClock, SimulatedTarget
@@ -29,8 +32,8 @@ def simulated() -> SimulatedTarget:
     return SimulatedTarget({"1": Behaviour(), "2": Behaviour(clicked=0.1)}, SimulatedClock(), 200.0)
 
 
-def roll(folder: Path, target: SimulatedTarget) -> RolloutResult:
-    return run_rollout(SPEC, OBJECTIVES, CANARY, target, folder, packages=PACKAGES, clock=target.clock)
+def roll(folder: Path, target: SimulatedTarget, spec: RolloutSpec = SPEC) -> RolloutResult:
+    return run_rollout(spec, OBJECTIVES, CANARY, target, folder, packages=PACKAGES, clock=target.clock)
 
 
 @pytest.fixture
@@ -103,6 +106,19 @@ def test_a_damaged_state_is_made_again_from_the_log_as_its_error_says(cut_off: t
     assert roll(folder, target).outcome == "promoted"
 
 
+def test_a_freeze_declared_while_it_runs_is_in_the_log_and_the_log_verifies(
+    cut_off: tuple[Path, SimulatedTarget],
+) -> None:
+    folder, target = cut_off
+    now_s = target.clock.now_s()
+    freeze = DateFreeze(now_s, now_s + 300, "holidays")
+    result = roll(folder, target, replace(SPEC, freeze=(freeze,)))
+    assert (result.outcome, result.seconds > 300) == ("promoted", True)
+    endcap("rollout", "history", folder, "--verify")
+    (folder / STATE_FILE).unlink()
+    assert roll(folder, target) == result, "the log alone leads there, with or without the freeze"
+
+
 # ---- a rollout's folder is gone, and its canary still has traffic ----
 
 
@@ -169,6 +185,21 @@ def test_an_engine_that_does_not_hear_is_named(cut_off: tuple[Path, SimulatedTar
         endcap("rollout", "abort", folder, "--timeout", 0)
     assert f"process {held.holder}" in str(caught.value)
     assert ask(folder, Command.ABORT, by="the same") == 1, "it stays asked"
+
+
+def test_an_abort_that_cannot_be_written_down_says_how_the_traffic_returns_without_it(
+    cut_off: tuple[Path, SimulatedTarget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise StorageError("no space left", next_step="free some space, then run the same command again")
+
+    monkeypatch.setattr("serving.rollout.commands.ask", full)
+    with pytest.raises(StorageError) as caught:
+        endcap("rollout", "abort", cut_off[0])
+    assert caught.value.next_step is not None and "endcap serve restore 1" in caught.value.next_step
+    with pytest.raises(StorageError) as caught:
+        endcap("rollout", "pause", cut_off[0])
+    assert caught.value.next_step is not None and "restore" not in caught.value.next_step
 
 
 def test_a_folder_that_a_refused_start_left_holds_no_rollout(tmp_path: Path) -> None:

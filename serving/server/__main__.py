@@ -64,6 +64,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--variant", default="float32")
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
+    parser.add_argument("--admin-key", type=Path, metavar="FILE",
+                        help="for /metrics, load and unload; without: the first open, the others shut")  # fmt: skip
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
     parser.add_argument("--stock", type=Path, metavar="FILE",
@@ -114,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     from serving.server.engine import cores, on_gpu
     from serving.server.http import SheddingProtocol
     from serving.server.metrics import ServerMetrics
+    from serving.server.repository import AdminKey
     from serving.server.service import Limits, Service, load_service
 
     given = max(1, cores() // arguments.processes)
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     metrics = ServerMetrics(arguments.version, thresholds_s=[one / 1000 for one in arguments.thresholds_ms],
                             processes=arguments.processes)  # fmt: skip
     try:
+        admin = AdminKey.read(arguments.admin_key) if arguments.admin_key is not None else None
         cache = None
         if arguments.cache is not None:
             cache = open_cache(arguments.cache, ttl_s=arguments.cache_ttl_s, counts=metrics.cache,
@@ -133,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
     except EndcapError as error:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
-    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers, metrics=metrics)
 
     def load() -> Service:
         """Blocks."""
@@ -149,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection need look at it again, nor touch memory that workers share
         return service
+
+    app = ServerApp(Replica(arguments.version, arguments.zone), impression_key=keys, answers=answers, metrics=metrics,
+                    admin=admin, load=None if several else load)  # fmt: skip
 
     def say_ready(service: Service) -> None:
         log.info(

@@ -20,6 +20,14 @@ from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
 from serving.server.oip import UnknownModelError
 from serving.server.recommend import Recommendation, parse_request
+from serving.server.repository import (
+    REPOSITORY_PATH,
+    AdminKey,
+    ForbiddenError,
+    NotAllowedError,
+    Repository,
+    UnloadableError,
+)
 from serving.server.service import OverloadedError, Priority, Service
 from serving.watched import Watched
 
@@ -80,6 +88,8 @@ class ServerApp:
     Args:
         impression_key: None: answers carry no impression.
         answers: where answers that a comparator will look at are logged; None: nowhere.
+        admin: what ``/metrics``, load and unload ask for; None: metrics are open, and nobody loads or unloads.
+        load: verifies and loads the package again; None: this process cannot.
     """
 
     def __init__(
@@ -89,6 +99,8 @@ class ServerApp:
         impression_key: bytes | Watched[Keys] | None,
         answers: AnswerLog | None = None,
         metrics: ServerMetrics | None = None,
+        admin: AdminKey | None = None,
+        load: Callable[[], Service] | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.draining = False
@@ -98,6 +110,8 @@ class ServerApp:
         self._answers = answers
         self._now_s = now_s
         self._service: Service | None = None
+        self._admin = admin
+        self.repository = Repository(self, load, admin)
         self._shed = 0
         self._shed_said_s = -math.inf
         self._description = tensor_routes.Description(replica.version)
@@ -107,6 +121,11 @@ class ServerApp:
         )
         # Envoy stops sending to a host that says this, without waiting for its next health check.
         self._draining_headers: Headers = (*self._headers, (b"x-envoy-immediate-health-check-fail", b"true"))
+
+    @property
+    def version(self) -> str:
+        """The label of the model version."""
+        return self._replica.version
 
     @property
     def service(self) -> Service | None:
@@ -125,6 +144,11 @@ class ServerApp:
         self.metrics.ready.set(1)
         service.batcher.observer = self.metrics
         self._service = service
+
+    def shut(self) -> None:
+        """Answer no more until :meth:`open`; what has begun finishes."""
+        self.metrics.ready.set(0)
+        self._service = None
 
     @property
     def crowded(self) -> bool:
@@ -168,8 +192,17 @@ class ServerApp:
             await self._measured("shadow" if asked.shadow else "recommend", asked, scope, receive, send)
         elif (route := tensor_routes.route_of(path)) is not None:
             await self._measured(route, Asked.of(scope), scope, receive, send)
+        elif path.startswith(REPOSITORY_PATH) and scope["method"] == "POST":
+            await self._repository(path, scope, send)
         else:
             await self._look(path, scope, send)
+
+    async def _repository(self, path: str, scope: Scope, send: Send) -> None:
+        try:
+            await self._send(send, 200, await self.repository.answer(path, scope["headers"]))
+        except EndcapError as error:
+            log.warning("repository: %s", error.what)
+            await self._send(send, status_of(error)[0], oip.error_text(error), *_challenge(error))
 
     async def _send(self, send: Send, status: int, body: bytes, *more: tuple[bytes, bytes],
                     content_type: bytes = b"application/json") -> None:  # fmt: skip
@@ -256,6 +289,12 @@ class ServerApp:
         elif path == "/v2/health/ready":
             await self._send(send, 200 if ready else 503, b'{"ready":true}' if ready else b'{"ready":false}')
         elif path == "/metrics":
+            try:
+                if self._admin is not None:
+                    self._admin.check(scope["headers"])
+            except NotAllowedError as error:
+                await self._send(send, 401, oip.error_text(error), *_challenge(error))
+                return
             self.metrics.in_flight.set(0 if service is None else service.batcher.waiting)
             self.metrics.admitted.set(0 if service is None else service.batcher.adaptive.limit)
             self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
@@ -284,6 +323,10 @@ class NotReadyError(EndcapError):
     """Nothing is loaded yet."""
 
 
+def _challenge(error: EndcapError) -> Headers:
+    return ((b"www-authenticate", b"Bearer"),) if isinstance(error, NotAllowedError) else ()
+
+
 def _retry_after(error: OverloadedError) -> tuple[bytes, bytes]:
     return b"retry-after", str(error.retry_after_s).encode()
 
@@ -306,6 +349,12 @@ def status_of(error: EndcapError) -> tuple[int, str]:
             return 415, "refused"
         case UnknownModelError():
             return 404, "refused"
+        case NotAllowedError():
+            return 401, "refused"
+        case ForbiddenError():
+            return 403, "refused"
+        case UnloadableError():
+            return 409, "refused"
         case InputError():
             return 400, "refused"
         case OverloadedError():

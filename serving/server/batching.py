@@ -17,6 +17,7 @@ import enum
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ class Batcher:
         self._running: set[_Batch] = set()
         self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="graph")
         self._watchdog = _Watchdog()
+        weakref.finalize(self, self._watchdog.close)  # a package that was replaced leaves no thread behind
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flush_soon = False
         self._gather: asyncio.TimerHandle | None = None

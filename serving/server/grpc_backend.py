@@ -17,10 +17,6 @@ from serving.server.service import Service
 __all__ = ["AppBackend"]
 
 
-class NotOfferedError(EndcapError):
-    """A method of the protocol that this server does not offer: 501."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Admitted:
     service: Service
@@ -64,14 +60,14 @@ class AppBackend:
         return _Admitted(service, asked)
 
     async def load(self, name: str, headers: Headers) -> None:
-        raise NotOfferedError("this server loads no packages by request", where="RepositoryModelLoad")
+        await self._app.repository.load(name, headers)
 
     async def unload(self, name: str, headers: Headers) -> None:
-        raise NotOfferedError("this server unloads no packages by request", where="RepositoryModelUnload")
+        await self._app.repository.unload(name, headers)
 
     @staticmethod
     def status_of(error: EndcapError) -> tuple[int, str]:
-        return (501, "refused") if isinstance(error, NotOfferedError) else status_of(error)
+        return status_of(error)
 
     def count(self, outcome: str, took_s: float) -> None:
         metrics = self._app.metrics

@@ -144,6 +144,9 @@ class ServerMetrics(Collector):
         self.files_refused = Cell(cells)
         self._counter("files_refused", "Stock or key files that changed and could not be used; what they said before "
                       "holds.", (), {(): self.files_refused})  # fmt: skip
+        self.loads = {result: Cell(cells) for result in ("loaded", "refused")}
+        self._counter("loads", "Loads of the package by request, by what came of them.",
+                      ("result",), {(result,): cell for result, cell in self.loads.items()})  # fmt: skip
         self.batch_rows = Distribution(cells, BATCH_BUCKETS)
         self._histogram("batch_rows", "Rows of a run of the graph.", (), {(): self.batch_rows})
         self.run_s = Distribution(cells, QUEUE_BUCKETS_S)

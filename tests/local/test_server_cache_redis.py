@@ -270,3 +270,48 @@ def test_values_expire_in_redis_too(server: Server) -> None:
                 await asyncio.sleep(0.005)
 
     run(world, work)
+
+
+def test_a_redis_that_is_slow_for_good_is_left_alone_but_for_probes(server: Server) -> None:
+    """Between us and Redis is one who hands on answers late, once he is told to."""
+    late_s = 0.0
+    path = f"{server.folder}/slow.sock"
+
+    connections: list[asyncio.Task[None]] = []
+
+    async def hand_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, late: bool) -> None:
+        try:
+            while data := await reader.read(65536):
+                if late:
+                    await asyncio.sleep(late_s)
+                writer.write(data)
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_unix_connection(str(server.socket))
+        await asyncio.gather(hand_on(reader, ours, late=False), hand_on(theirs, writer, late=True))
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(asyncio.create_task(between(reader, writer)))
+
+    world = World(server, url=f"unix://{path}", timeout_s=0.05)
+
+    async def work() -> None:
+        nonlocal late_s
+        slow = await asyncio.start_unix_server(accept, path)
+        await world.connected()
+        late_s = 0.15
+        await world.until(lambda: not world.store.breaker.closed)
+        timed_out = world.troubles.of["timed_out"]
+        await world.until(lambda: world.troubles.of["probe_failed"] >= 3)
+        assert world.troubles.of["timed_out"] == timed_out <= 4 and not world.store.breaker.closed
+        late_s = 0.0
+        await world.connected()
+        await world.cache.close()
+        slow.close()
+        await asyncio.gather(*connections)
+
+    run(world, work)

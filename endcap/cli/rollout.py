@@ -341,7 +341,7 @@ def _settled(command: Command, standing: Standing) -> str | None:
     match command.value:
         case "abort" if state.ended and state.outcome != "promoted":
             return f"it has ended: {who} was {_ended(state)}; all traffic is on version {state.stable}"
-        case "abort" if state.outcome == "aborted":
+        case "abort" if state.outcome == "aborted" and standing.engine:  # without one nobody returns the traffic
             return f"it is aborted already: {state.reason}"
         case "abort" if state.ended:
             raise InputError(f"it has ended: {who} was promoted and serves", where=standing.folder,

@@ -63,12 +63,7 @@ class LocalTarget:
         self.folder = folder
         self.found = found
         self._process = process
-        self._client = httpx.Client(
-            base_url=found.control_url,
-            headers={"authorization": f"Bearer {found.control_token}"},
-            timeout=_ANSWER_S,
-            trust_env=False,
-        )
+        self._client = _client_of(found)
 
     @property
     def url(self) -> str:
@@ -116,9 +111,12 @@ class LocalTarget:
 
     def _ask(self, method: str, path: str, body: BaseModel | None = None, *, within_s: float = _ANSWER_S) -> bytes:
         content = None if body is None else body.model_dump_json()
+        asked = self.found
         try:
             response = self._client.request(method, path, content=content, timeout=within_s)
         except httpx.HTTPError as error:
+            if self._has_moved(asked):  # all that is asked is safe to repeat, and tokens outlive a supervisor
+                return self._ask(method, path, body, within_s=within_s)
             raise TargetError(f"the target does not answer: {error!r}", where=self.folder,
                               next_step="see logs/supervisor.log there, or start it again") from error  # fmt: skip
         if response.status_code == 200:
@@ -130,6 +128,14 @@ class LocalTarget:
         if not isinstance(document, dict) or "error" not in document:
             raise TargetError(f"the target answered {response.status_code}", where=f"{self.folder} {path}")
         raise EndcapError.from_json(document)
+
+    def _has_moved(self, asked: TargetFile) -> bool:
+        """Whether another supervisor serves the folder since ``asked``: one that died and was started again."""
+        found = _target_file(self.folder)
+        if found is None or found.pid == asked.pid or not _runs(found.pid):
+            return False
+        self.found, self._client = found, _client_of(found)
+        return True
 
     def close(self) -> None:
         """Let go of the connection; the target goes on."""
@@ -225,14 +231,27 @@ def start_local_target(config: SupervisorConfig, *, bind: bool = True, deadline_
 
 
 def _target_of(folder: Path, pid: int) -> TargetFile | None:
+    found = _target_file(folder)
+    return found if found is not None and found.pid == pid else None
+
+
+def _target_file(folder: Path) -> TargetFile | None:
     path = folder / TARGET_FILE
     if not path.exists():
         return None
     try:
-        found = TargetFile.model_validate(read_json(path))
+        return TargetFile.model_validate(read_json(path))
     except (StateError, ValidationError):
         return None
-    return found if found.pid == pid else None
+
+
+def _client_of(found: TargetFile) -> httpx.Client:
+    return httpx.Client(
+        base_url=found.control_url,
+        headers={"authorization": f"Bearer {found.control_token}"},
+        timeout=_ANSWER_S,
+        trust_env=False,
+    )
 
 
 def _failure(folder: Path, process: subprocess.Popen[bytes], log: Path, log_from: int) -> EndcapError:

@@ -126,6 +126,7 @@ class Serving(SimulatedTarget):
     """As much of a local target as ``endcap serve restore`` needs."""
 
     folder = Path()
+    found = SimpleNamespace(public_key=Path("key"), envoy_admin_url="http://localhost")
 
     def state(self) -> SimpleNamespace:
         return SimpleNamespace(versions=PACKAGES)
@@ -174,6 +175,26 @@ def test_nothing_is_restored_under_a_rollout_that_runs_or_to_a_version_that_does
     with FolderLock(abandoned.folder, name=".rollout-shop.lock"), pytest.raises(BusyError, match="a rollout runs here"):
         endcap("serve", "restore", "1")
     assert abandoned.shares == before
+
+
+def test_an_abort_whose_engine_died_on_the_way_back_is_gone_on_with_by_the_next(
+    cut_off: tuple[Path, SimulatedTarget], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = cut_off
+    ask(folder, Command.ABORT, by="ann")
+    target.die_at = (target.calls + 2, "before")
+    with pytest.raises(Killed):
+        roll(folder, target)
+    target.die_at = None
+    assert target.shares["2"] > 0 and read_standing(folder).state.outcome == "aborted"
+    target.__class__ = Serving
+    assert isinstance(target, Serving)
+    target.folder = tmp_path / "target"
+    target.folder.mkdir()
+    monkeypatch.setattr("serving.targets.open_target", lambda _folder: target)
+    monkeypatch.delenv("ENDCAP_WEBHOOK_URL", raising=False)
+    endcap("rollout", "abort", folder)
+    assert (target.shares, read_standing(folder).state.ended) == ({"1": 1.0}, True)
 
 
 # ---- what people are told ----

@@ -359,10 +359,12 @@ class Catalogue:
 
     def _sound(self, items: NDArray[Any], scores: NDArray[Any]) -> tuple[Items, NDArray[Any]]:
         """Without padding, masked items and repeats."""
-        if len(items) and (items.min() < 0 or items.max() > len(self.items) or np.isnan(scores).any()):
-            raise GraphError("the graph answered what the item table does not have")
-        keep = (items != 0) & (scores != -np.inf)
-        items, scores = items[keep], scores[keep]
+        keep = (items > 0) & (items <= len(self.items)) & (scores > -np.inf)
+        if not keep.all():
+            out_of_table = (items < 0) | (items > len(self.items))
+            if out_of_table.any() or np.isnan(scores).any():
+                raise GraphError("the graph answered what the item table does not have")
+            items, scores = items[keep], scores[keep]
         if len(set(items.tolist())) != len(items):
             _, first = np.unique(items, return_index=True)
             first.sort()

@@ -74,6 +74,7 @@ def start(
     SIGTERM end it earlier (130, 143): what was decided stays, and the same command goes on.
     """
     from endcap.cli.rolling import has_ended, resolve_candidate, roll_out
+    from endcap.cli.serve import checked_label
     from endcap.objectives import load_objectives
     from serving.rollout.spec import load_rollout
     from serving.targets import ModelVersion, open_target
@@ -86,7 +87,7 @@ def start(
     except InputError as error:
         raise InputError(error.what, where=file, next_step=error.next_step) from error
     if package is not None:
-        candidate = ModelVersion(label or _label_of(spec.candidate), _existing(package))
+        candidate = ModelVersion(checked_label(label or _label_of(spec.candidate)), _existing(package))
     else:
         candidate = resolve_candidate(spec.candidate, registry)
     folder = folder or DEFAULT_FOLDER / f"{spec.service}-{candidate.label}"

@@ -68,10 +68,7 @@ def up(
 
 def _check(package: Path, label: str, kept: Kept | None, folder: Path) -> None:
     """A target resumes with what it served before, which must not be taken for the package that is asked for."""
-    from serving.targets.config import LABEL
-
-    if re.fullmatch(LABEL, label) is None:
-        raise InputError(f"{label!r} is no label", where="--label", next_step="use letters, digits, dashes, dots")
+    checked_label(label)
     if not package.is_dir():
         raise PackageError("no such package folder", where=package)
     if kept is None or not kept.versions:
@@ -85,6 +82,15 @@ def _check(package: Path, label: str, kept: Kept | None, folder: Path) -> None:
             next_step="choose another --folder, or start it with what it served and roll the other out: "
             "endcap rollout start",
         )  # fmt: skip
+
+
+def checked_label(label: str) -> str:
+    """``label``, which names a model version at a target. Raises InputError where it cannot."""
+    from serving.targets.config import LABEL
+
+    if re.fullmatch(LABEL, label) is None:
+        raise InputError(f"{label!r} is no label", where="--label", next_step="use letters, digits, dashes, dots")
+    return label
 
 
 @app.command()

@@ -247,6 +247,9 @@ def test_a_mistyped_package_does_not_use_the_rollout_s_folder_up(abandoned: Serv
     with pytest.raises(InputError, match="no such package folder"):
         endcap("rollout", "start", rollout, "--objectives", objectives, "--package", tmp_path / "none", "--folder",
                tmp_path / "new")  # fmt: skip
+    with pytest.raises(InputError, match="is no label"):
+        endcap("rollout", "start", rollout, "--objectives", objectives, "--package", tmp_path, "--label", "../x",
+               "--folder", tmp_path / "new")  # fmt: skip
     assert not (tmp_path / "new").exists()
 
 

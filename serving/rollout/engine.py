@@ -162,8 +162,8 @@ class Engine:
             raise InputError(f"version {self._candidate.label} is what is served already")
         if len(served) != 1:
             raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
-                             next_step="end the rollout that split it (endcap rollout abort FOLDER); where its folder is "
-                             "lost, endcap serve restore VERSION gives all of it to one version")  # fmt: skip
+                             next_step="end the rollout that split it: endcap rollout abort FOLDER; where that folder "
+                             "is lost, endcap serve restore VERSION gives all of it to one version")  # fmt: skip
         stable = served[0]
         if stable not in self._packages:
             raise InputError(f"where version {stable}'s package is, is not known", where="what is served now")

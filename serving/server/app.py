@@ -240,6 +240,8 @@ class ServerApp:
             if isinstance(error, OverloadedError):
                 more = (_retry_after(error),)
                 self._say_shed(route, error)
+            elif isinstance(error, NotReadyError):
+                more = ((b"retry-after", b"1"),)
             elif status >= 500:
                 log.warning("%s %d: %s", route, status, error.what)
         except Exception as error:  # noqa: BLE001 - a fault of ours must not kill the replica, nor log a history

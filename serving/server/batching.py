@@ -151,6 +151,7 @@ class Batcher:
         self._gather: asyncio.TimerHandle | None = None
         self._inline_again_s = -math.inf
         self._each_s = 0.0
+        self._run_s = 0.0
         self._closed = False
 
     # -- asking
@@ -199,7 +200,8 @@ class Batcher:
         try:
             return await request.future
         finally:
-            self.waiting -= 1
+            if loop is self._loop:
+                self.waiting -= 1
             if request.timer is not None:
                 request.timer.cancel()
             self._leave(request)
@@ -342,7 +344,7 @@ class Batcher:
             return None
         for request in chosen:
             waited_s = now_s - request.asked_s
-            self.adaptive.observe(waited_s, now_s)
+            self.adaptive.observe(waited_s, now_s, run_s=self._run_s)
             if self.observer is not None:
                 self.observer.queued(waited_s)
         batch = _Batch(chosen, tokens, self._cost.expect_s(tokens), self._engine.ticket())
@@ -421,6 +423,7 @@ class Batcher:
             return
         # On a machine that others use too a run may take long by the clock; a thread would not make it shorter.
         self._cost.learn(batch.tokens, batch.cpu_s if self._engine.on_cpu else took_s)
+        self._run_s += 0.1 * (took_s - self._run_s)
         self._each_s += 0.1 * (took_s / len(batch.requests) / self.limits.lanes - self._each_s)
         if self.observer is not None:
             self.observer.ran(batch.rows, took_s)

@@ -30,12 +30,16 @@ class AdaptiveLimit:
         self._interval_ends_s = -math.inf
         self._shortest_s = math.inf
 
-    def observe(self, queued_s: float, now_s: float) -> None:
-        """A request began to run after it had waited ``queued_s``."""
+    def observe(self, queued_s: float, now_s: float, *, run_s: float = 0.0) -> None:
+        """A request began to run after it had waited ``queued_s``.
+
+        ``run_s``: what runs take of late. Who comes while a run goes on waits for its end and perhaps for another's,
+        however short the queue: only more than that is a standing queue.
+        """
         if now_s < self._interval_ends_s:
             self._shortest_s = min(self._shortest_s, queued_s)
             return
-        if math.isinf(self._shortest_s) or self._shortest_s <= self._target_s:
+        if math.isinf(self._shortest_s) or self._shortest_s <= max(self._target_s, 2.0 * run_s):
             self.limit = min(self._most, self.limit + max(1, self._most // 32))
         else:
             self.limit = max(self._least, int(self.limit * 0.8))

@@ -297,8 +297,14 @@ def test_the_limit_falls_while_a_queue_stands_and_comes_back() -> None:
     for tick in range(100):
         limit.observe(0.5, 10 + tick * 0.05)
     assert limit.limit == 8
+    for tick in range(200):  # nobody waits longer than for two runs: the batches are large, not the queue long
+        limit.observe(0.5, 15.5 + tick * 0.1, run_s=0.25)
+    assert limit.limit == 256
+    for tick in range(100):
+        limit.observe(0.6, 40 + tick * 0.05, run_s=0.25)
+    assert limit.limit == 8
     for tick in range(200):
-        limit.observe(0.0, 20 + tick * 0.1)
+        limit.observe(0.0, 60 + tick * 0.1)
     assert limit.limit == 256
 
 

@@ -172,15 +172,19 @@ class Evidence:
     def _reason_of(self, i: int, verdict: Verdict) -> str:
         objective = self.kernel.objectives[i]
         name, (canary, control) = objective.name, self._counts(i)
-        figures = f"{_share(canary)} of {canary.total} against {_share(control)} of {control.total}"
+        figures = f"{_of(canary)} against {_of(control)}"
         if verdict is Verdict.FAIL:
             if self.state.peak[i, CONTROL] >= self.state.peak[i, GOAL]:
                 return f"{name}: worse than control by more than the margin ({figures})"
-            return f"{name}: worse than its goal of {objective.goal:.4g} ({_share(canary)} of {canary.total})"
+            return f"{name}: worse than its goal of {objective.goal:.4g} ({_of(canary)})"
         if verdict is Verdict.PASS:
             how = "better than control" if i == self.kernel.primary else "no worse than control within the margin"
             return f"{name}: {how} ({figures})"
         return f"{name}: not enough evidence yet ({figures})"
+
+
+def _of(counts: Counts) -> str:
+    return _share(counts) if counts.share is None else f"{_share(counts)} of {counts.total}"
 
 
 def _share(counts: Counts) -> str:

@@ -13,7 +13,7 @@ from endcap.selectors import Operator
 from serving.sources.folding import Series, digest
 from serving.targets.base import Observation
 
-__all__ = ["Measured", "Reading", "Source", "measured", "read_all", "selected"]
+__all__ = ["Measured", "Reading", "Source", "measured", "note_of", "read_all", "selected"]
 
 Measured: TypeAlias = Mapping[str, Mapping[str, Counts]]
 """By objective and version, what was counted since the source (or its kept state) began."""
@@ -55,6 +55,11 @@ class Reading:
     notes: Mapping[str, str]
 
 
+def note_of(error: SourceError) -> str:
+    """What went wrong and where, as one line: it becomes a part of a rollout's reason."""
+    return str(error).partition("\n")[0]
+
+
 def read_all(sources: Iterable[Source], now_s: float) -> Reading:
     """Read every source; one that fails is a note and no data, and does not keep the others from being read."""
     found: dict[str, Mapping[str, Counts]] = {}
@@ -63,7 +68,7 @@ def read_all(sources: Iterable[Source], now_s: float) -> Reading:
         try:
             found |= source.read(now_s)
         except SourceError as error:
-            notes[source.name] = str(error)
+            notes[source.name] = note_of(error)
         else:
             notes |= source.notes
     return Reading(found, notes)

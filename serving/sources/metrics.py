@@ -15,7 +15,7 @@ import httpx
 from endcap.errors import SourceError
 from endcap.evidence import Counts
 from endcap.objectives import CountedBy, EnvoyCounters, Objectives, SeriesCounters
-from serving.sources.base import Measured, RawSeries, selected
+from serving.sources.base import Measured, RawSeries, note_of, selected
 from serving.sources.exposition import TextSample, parse_exposition
 from serving.sources.fetch import checked_url, fetch
 from serving.sources.folding import Folders, Series, SeriesFolder, digest
@@ -130,7 +130,7 @@ class MetricsSource(_Direct):
                 try:
                     found[name] += selected(counters, raw, process=endpoint.url, version=endpoint.version)
                 except SourceError as error:
-                    notes[name] = str(error)
+                    notes[name] = note_of(error)
         return self._fold(found, at_s, notes)
 
     def _scrape(self, endpoint: MetricsEndpoint) -> list[TextSample] | SourceError:

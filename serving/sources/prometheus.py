@@ -19,7 +19,7 @@ from endcap.errors import InputError, SourceError
 from endcap.evidence import Counts
 from endcap.objectives import CountedBy, Objectives, SeriesCounters
 from endcap.selectors import Selector
-from serving.sources.base import Measured, RawSeries, selected
+from serving.sources.base import Measured, RawSeries, note_of, selected
 from serving.sources.fetch import TooLargeError, checked_url, excerpt, fetch
 from serving.sources.folding import Folders, SeriesFolder
 
@@ -124,7 +124,7 @@ class PrometheusSource:
                 series = selected(counters, raw)
             except SourceError as error:
                 failure = error
-                notes[name] = str(error)
+                notes[name] = note_of(error)
                 continue
             folder = self._folders.fold(name, series, at_s=at_s)
             if not series:

@@ -256,6 +256,7 @@ def test_a_bad_answer_is_an_error_and_no_data(name: str) -> None:
         reading = read_all([source], 101.0)
         assert reading.measured == {}
         assert reading.notes.keys() == {source.name}
+        assert "\n" not in reading.notes[source.name], "it becomes a part of one line's reason"
         source.close()
 
 
@@ -508,7 +509,11 @@ def test_all_sources_together_go_on_from_their_state_and_fail_apart() -> None:
         assert reading.measured == {"errors": {"7": Counts(2, 2)}}
         assert {"metrics", f"envoy {two.url}/nothing"} <= set(reading.notes)
         second.close()
-        for missing, says in (("prometheus", "spec.prometheus.url"), ("endpoints", "servers show"), ("envoy_url", "an Envoy")):
+        for missing, says in (
+            ("prometheus", "spec.prometheus.url"),
+            ("endpoints", "servers show"),
+            ("envoy_url", "an Envoy"),
+        ):
             with pytest.raises(InputError, match=says):
                 Sources(declared, **{**options, missing: None})
         with pytest.raises(StateError, match="damaged"):

@@ -1,26 +1,22 @@
-"""The Open Inference Protocol over gRPC, on the event loop of the HTTP server.
+"""The Open Inference Protocol over gRPC, on the event loop of the HTTP server and on an HTTP/2 of our own.
 
-``grpc.aio`` with handlers of raw bytes: parsing and building messages is ours, so that a body that is no message is
-the caller's fault (INVALID_ARGUMENT) and not an internal one, and tensors go between the wire and numpy without
-Python lists. An answer has the form of its request: raw contents to raw ones, typed to typed (FP16, which has no typed
-form, is always raw).
+Parsing and building messages is ours, so that a body that is no message is the caller's fault (INVALID_ARGUMENT) and
+not an internal one, and tensors go between the wire and numpy without Python lists. An answer has the form of its
+request: raw contents to raw ones, typed to typed (FP16, which has no typed form, is always raw).
 
 Messages are bounded as HTTP bodies are, and must not be compressed: what a few bytes unfold to could not be bounded.
-The caller's deadline goes to the batcher, and work that it has given up is not begun.
-
-grpc is imported by :meth:`GrpcServer.start` and not before: workers are forked first, and a server without a gRPC port
-pays nothing for it. ``grpc.health.v1.Health/Check`` is answered for Kubernetes' probes; there is no reflection.
+The caller's deadline goes to the batcher, and work that it has given up is not begun. ``grpc.health.v1.Health/Check``
+is answered for Kubernetes' probes; there is no reflection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -29,11 +25,7 @@ from numpy.typing import NDArray
 from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest
 from serving.asgi import MAX_BODY_BYTES, Headers
-from serving.server import grpc_messages, oip, tensors
-
-if TYPE_CHECKING:
-    import grpc  # type: ignore[import-untyped]
-    import grpc.aio  # type: ignore[import-untyped]
+from serving.server import grpc_messages, http2, oip, tensors
 
 __all__ = ["Backend", "Call", "GrpcInfer", "GrpcServer", "format_infer", "parse_infer"]
 
@@ -46,16 +38,15 @@ _CONTENTS = {
 }  # fmt: skip
 """The field of ``InferTensorContents`` for a datatype."""
 
-_CODES = {
-    400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-    413: "RESOURCE_EXHAUSTED", 429: "RESOURCE_EXHAUSTED", 501: "UNIMPLEMENTED", 503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}  # fmt: skip
-"""gRPC's status for an HTTP one of ours; INTERNAL for others."""
+_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 413: 8, 415: 12, 429: 8, 501: 12, 503: 14, 504: 4}
+"""gRPC's status for an HTTP one of ours: INVALID_ARGUMENT, UNAUTHENTICATED, PERMISSION_DENIED, NOT_FOUND,
+RESOURCE_EXHAUSTED, UNIMPLEMENTED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, UNAVAILABLE, DEADLINE_EXCEEDED."""
 
-_MAX_RPCS = 4096
-_MAX_STREAMS = 1024
-_HEALTH = "grpc.health.v1.Health"
+_SWEEP_S = 15.0
+_REQUEST_S = 60.0
+"""A request that has not come whole by then (at the next sweep) is cancelled."""
+_INFER = f"/{grpc_messages.SERVICE}/ModelInfer"
+_HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 _ASKED_OF_HEALTH = (b"", b"\x0a\x00", b"\x0a" + bytes([len(grpc_messages.SERVICE)]) + grpc_messages.SERVICE.encode())
 
@@ -194,6 +185,9 @@ def format_infer(request: GrpcInfer, outputs: Mapping[str, NDArray[Any]], manife
     return found
 
 
+Handler = Callable[[bytes, Headers], Awaitable[bytes]]
+
+
 class GrpcServer:
     """One gRPC port. Start and stop it on the event loop that the backend's work runs on.
 
@@ -208,10 +202,12 @@ class GrpcServer:
         self.port = port
         self._backend = backend
         self._host = host
-        self._max_bytes = max_bytes
+        self._limits = http2.Limits(message_bytes=max_bytes)
         self._reuse_port = reuse_port
-        self._server: grpc.aio.Server | None = None
-        self._codes: dict[int, grpc.StatusCode] = {}
+        self._methods = self._handlers()
+        self._connections: set[http2.Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Listen; :attr:`port` is the port from then on.
@@ -219,94 +215,82 @@ class GrpcServer:
         Raises:
             InputError: the port is in use, or not ours to open.
         """
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its complaints about peers are for its developers
-        import grpc
-        import grpc.aio
-
-        self._codes = {status: grpc.StatusCode[name] for status, name in _CODES.items()}
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", int(self._reuse_port)),
-                ("grpc.max_receive_message_length", self._max_bytes),
-                ("grpc.max_concurrent_streams", _MAX_STREAMS),
-                ("grpc.compression_enabled_algorithms_bitset", 1),  # none but identity
-                ("grpc.keepalive_time_ms", 60_000),
-            ],
-            maximum_concurrent_rpcs=_MAX_RPCS,
-        )
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(self._guarded(handler))
-            for name, handler in self._methods().items()
-        }
-        server.add_generic_rpc_handlers((
-            grpc.method_handlers_generic_handler(
-                grpc_messages.SERVICE, handlers | {"ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer)}
-            ),
-            grpc.method_handlers_generic_handler(
-                _HEALTH, {"Check": grpc.unary_unary_rpc_method_handler(self._guarded(self._health))}
-            ),
-        ))  # fmt: skip
-        host = f"[{self._host}]" if ":" in self._host else self._host
         try:
-            self.port = server.add_insecure_port(f"{host}:{self.port}")
-        except RuntimeError:
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: http2.Connection(self._call, self._limits, self._connections),
+                self._host, self.port, reuse_port=self._reuse_port, backlog=2048,
+            )  # fmt: skip
+        except (OSError, OverflowError) as error:
             raise InputError(f"port {self.port} is in use, or may not be opened", where=self._host,
-                             next_step="choose another --grpc-port (0: any)") from None  # fmt: skip
-        await server.start()
-        self._server = server
+                             next_step="choose another --grpc-port (0: any)") from error  # fmt: skip
+        self.port = self._server.sockets[0].getsockname()[1]
+        self._sweep()
 
     async def stop(self, *, grace_s: float) -> None:
         """Take no more calls; those under way have ``grace_s`` to end."""
-        if self._server is not None:
-            await self._server.stop(grace_s)
-            self._server = None
+        if self._server is None or self._sweeping is None:
+            return
+        self._server.close()
+        self._sweeping.cancel()
+        self._server = None
+        for connection in list(self._connections):
+            connection.drain()
+        until_s = time.monotonic() + grace_s
+        while self._connections and time.monotonic() < until_s:
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
 
-    async def _infer(self, body: bytes, context: Any) -> bytes:
+    def _sweep(self) -> None:
+        for connection in list(self._connections):
+            connection.sweep(time.monotonic() - _REQUEST_S)
+        self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    async def _call(self, request: http2.Request) -> bytes:
+        """Any call.
+
+        Raises:
+            http2.Refused: it ends with a status other than OK.
+        """
+        if request.path == _INFER:
+            return await self._infer(request)
+        handler = self._methods.get(request.path)
+        if handler is None:
+            raise http2.Refused(http2.UNIMPLEMENTED, "no such method")
+        try:
+            return await handler(request.message, request.headers)
+        except DecodeError:
+            raise self._refused(InputError("not the message of this method", where="body"), 400) from None
+        except EndcapError as error:
+            raise self._refused(error, self._backend.status_of(error)[0]) from None
+
+    async def _infer(self, request: http2.Request) -> bytes:
         begun_s = time.perf_counter()
         backend = self._backend
         try:
-            remaining_s = context.time_remaining()
-            call = backend.admit(_headers(context), within_s=math.inf if remaining_s is None else remaining_s)
-            request = parse_infer(body, call.manifest, version=backend.version)
-            outputs = await call.infer(request.inputs)
-            answer = format_infer(request, outputs, call.manifest, version=backend.version)
+            call = backend.admit(request.headers, within_s=request.until_s - time.monotonic())
+            asked = parse_infer(request.message, call.manifest, version=backend.version)
+            outputs = await call.infer(asked.inputs)
+            answer = format_infer(asked, outputs, call.manifest, version=backend.version)
         except EndcapError as error:
-            status, outcome = self._status_of(error)
+            status, outcome = backend.status_of(error)
             backend.count(outcome, time.perf_counter() - begun_s)
-            await self._abort(context, status, error)
+            raise self._refused(error, status) from None
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end the server, nor log a history
             log.error("grpc failed by a fault of the server: %s", type(error).__name__)
             backend.count("failed", time.perf_counter() - begun_s)
-            await self._abort(context, 500, EndcapError("a fault of the server", where="server"))
+            raise self._refused(EndcapError("a fault of the server", where="server"), 500) from None
         backend.count("answered", time.perf_counter() - begun_s)
         return answer
 
-    def _guarded(self, handler: Callable[[bytes, Any], Awaitable[bytes]]) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        async def guarded(body: bytes, context: Any) -> bytes:
-            try:
-                return await handler(body, context)
-            except DecodeError:
-                error: EndcapError = InputError("not the message of this method", where="body")
-                status = 400
-            except EndcapError as caught:
-                error, status = caught, self._status_of(caught)[0]
-            return await self._abort(context, status, error)
-
-        return guarded
-
-    def _status_of(self, error: EndcapError) -> tuple[int, str]:
-        return self._backend.status_of(error)
-
-    async def _abort(self, context: Any, status: int, error: EndcapError) -> bytes:
-        import grpc
-
+    @staticmethod
+    def _refused(error: EndcapError, status: int) -> http2.Refused:
         text = " ".join(str(error).replace("\n  next:", "; next:").split())
         retry_after_s = getattr(error, "retry_after_s", None)
         more = () if retry_after_s is None else (("grpc-retry-pushback-ms", str(int(retry_after_s * 1000))),)
-        await context.abort(self._codes.get(status, grpc.StatusCode.INTERNAL), text, more)
-        raise AssertionError  # abort raises
+        return http2.Refused(_CODES.get(status, http2.INTERNAL), text, more)
 
-    def _methods(self) -> dict[str, Callable[[bytes, Any], Awaitable[bytes]]]:
+    def _handlers(self) -> dict[str, Handler]:
         backend = self._backend
 
         def request(name: str, body: bytes, /) -> Any:
@@ -316,24 +300,24 @@ class GrpcServer:
             found: bytes = grpc_messages.message(f"{name}Response")(**fields).SerializeToString()
             return found
 
-        async def server_live(body: bytes, _: Any) -> bytes:
+        async def server_live(body: bytes, _: Headers) -> bytes:
             request("ServerLive", body)
             return response("ServerLive", live=True)
 
-        async def server_ready(body: bytes, _: Any) -> bytes:
+        async def server_ready(body: bytes, _: Headers) -> bytes:
             request("ServerReady", body)
             return response("ServerReady", ready=backend.ready)
 
-        async def model_ready(body: bytes, _: Any) -> bytes:
+        async def model_ready(body: bytes, _: Headers) -> bytes:
             asked = request("ModelReady", body)
             oip.check_model(asked.name, asked.version, backend.manifest(), backend.version)
             return response("ModelReady", ready=backend.ready)
 
-        async def server_metadata(body: bytes, _: Any) -> bytes:
+        async def server_metadata(body: bytes, _: Headers) -> bytes:
             request("ServerMetadata", body)
             return response("ServerMetadata", name="endcap", version=backend.version, extensions=oip.EXTENSIONS)
 
-        async def model_metadata(body: bytes, _: Any) -> bytes:
+        async def model_metadata(body: bytes, _: Headers) -> bytes:
             asked = request("ModelMetadata", body)
             manifest = backend.manifest()
             oip.check_model(asked.name, asked.version, manifest, backend.version)
@@ -344,33 +328,28 @@ class GrpcServer:
             return response("ModelMetadata", name=manifest.name, versions=[backend.version],
                             platform="onnx_onnxruntime", inputs=inputs, outputs=outputs)  # fmt: skip
 
-        async def load(body: bytes, context: Any) -> bytes:
+        async def load(body: bytes, headers: Headers) -> bytes:
             name = request("RepositoryModelLoad", body).model_name
-            await backend.load(name, _headers(context))
+            await backend.load(name, headers)
             return response("RepositoryModelLoad", model_name=name, isLoaded=True)
 
-        async def unload(body: bytes, context: Any) -> bytes:
+        async def unload(body: bytes, headers: Headers) -> bytes:
             name = request("RepositoryModelUnload", body).model_name
-            await backend.unload(name, _headers(context))
+            await backend.unload(name, headers)
             return response("RepositoryModelUnload", model_name=name, isUnloaded=True)
 
-        return {
+        methods: dict[str, Handler] = {
             "ServerLive": server_live, "ServerReady": server_ready, "ModelReady": model_ready,
             "ServerMetadata": server_metadata, "ModelMetadata": model_metadata,
             "RepositoryModelLoad": load, "RepositoryModelUnload": unload,
         }  # fmt: skip
+        return {f"/{grpc_messages.SERVICE}/{name}": method for name, method in methods.items()} | {
+            _HEALTH: self._health
+        }
 
-    async def _health(self, body: bytes, _: Any) -> bytes:
+    async def _health(self, body: bytes, _: Headers) -> bytes:
         """grpc.health.v1.Health/Check, of the server or of the inference service."""
         if body not in _ASKED_OF_HEALTH:
             raise oip.UnknownModelError("no such service", where="service",
                                    next_step=f"ask for {grpc_messages.SERVICE}")  # fmt: skip
         return _SERVING if self._backend.ready else _NOT_SERVING
-
-
-def _headers(context: Any) -> Headers:
-    """The caller's metadata as HTTP would have it."""
-    return [
-        (name.encode(), value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value))
-        for name, value in context.invocation_metadata() or ()
-    ]

@@ -1,0 +1,333 @@
+"""HTTP/2 for gRPC, frame by frame, with a transport that only remembers; grpcio's own clients are elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hpack import Decoder, Encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.server import http2
+from serving.server.http2 import Connection, Limits, Refused, Request, frame
+
+FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/M"), ("content-type", "application/grpc")]
+SETTINGS = frame(http2.SETTINGS, 0, 0, b"")
+BOTH = http2.END_HEADERS | http2.END_STREAM
+
+
+def window(grown: int, stream: int = 0) -> bytes:
+    return frame(http2.WINDOW_UPDATE, 0, stream, struct.pack(">L", grown))
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.sent = b""
+        self.closed = self.paused = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.sent += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+class Peer:
+    """A client of one connection. ``frames()`` are those that came since it was last asked."""
+
+    def __init__(self, handler: http2.Handler | None = None, **limits: int) -> None:
+        async def echo(request: Request) -> bytes:
+            self.requests.append(request)
+            return request.message
+
+        self.requests: list[Request] = []
+        self.open: set[Connection] = set()
+        self.connection = Connection(handler or echo, Limits(**({"message_bytes": 100_000} | limits)), self.open)
+        self.transport = Transport()
+        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
+        self._encoder, self._decoder, self._read = Encoder(), Decoder(), 0
+
+    def send(self, *frames: bytes) -> None:
+        for one in frames:
+            if not self.transport.closed:
+                self.connection.data_received(one)
+
+    def begin(self) -> Peer:
+        self.send(http2.PREFACE + SETTINGS)
+        self.frames()
+        return self
+
+    def block(self, *more: tuple[str, str], fields: list[tuple[str, str]] = FIELDS) -> bytes:
+        found: bytes = self._encoder.encode([*fields, *more])
+        return found
+
+    def call(self, stream: int, message: bytes, *more: tuple[str, str]) -> None:
+        self.send(frame(http2.HEADERS, http2.END_HEADERS, stream, self.block(*more)))
+        body = b"\0" + len(message).to_bytes(4, "big") + message
+        for start in range(0, len(body), http2.FRAME_BYTES):
+            last = start + http2.FRAME_BYTES >= len(body)
+            self.send(frame(http2.DATA, http2.END_STREAM * last, stream, body[start : start + http2.FRAME_BYTES]))
+
+    def frames(self) -> list[tuple[int, int, int, Any]]:
+        """Kind, flags, stream and payload; header blocks are decoded."""
+        found: list[tuple[int, int, int, Any]] = []
+        data = self.transport.sent
+        while self._read < len(data):
+            length = int.from_bytes(data[self._read : self._read + 3], "big")
+            kind, flags = data[self._read + 3], data[self._read + 4]
+            stream = int.from_bytes(data[self._read + 5 : self._read + 9], "big")
+            payload: Any = data[self._read + 9 : self._read + 9 + length]
+            self._read += 9 + length
+            if kind == http2.HEADERS:
+                payload = dict(self._decoder.decode(payload))
+            found.append((kind, flags, stream, payload))
+        return found
+
+    def fault(self) -> int:
+        """The reason of the GOAWAY that ended the connection."""
+        assert self.transport.closed
+        last = self.frames()[-1]
+        assert last[0] == http2.GOAWAY
+        return int.from_bytes(last[3][4:8], "big")
+
+
+def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        asyncio.run(test())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+async def answered() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@on_loop
+async def test_a_call_is_answered_with_its_status_in_trailers() -> None:
+    peer = Peer().begin()
+    peer.call(1, b"hello", ("grpc-timeout", "5S"), ("x-a", "b"))
+    await answered()
+    head, body, tail = peer.frames()
+    assert head[3] == {":status": "200", "content-type": "application/grpc"}
+    assert body == (http2.DATA, 0, 1, b"\0\0\0\0\x05hello")
+    assert (tail[1], tail[3]) == (BOTH, {"grpc-status": "0"})
+    (request,) = peer.requests
+    assert (request.path, dict(request.headers)[b"x-a"]) == ("/s/M", b"b")
+    assert 3 < request.until_s - time.monotonic() <= 5
+
+
+@on_loop
+async def test_it_comes_byte_by_byte_padded_and_continued() -> None:
+    peer = Peer()
+    block = peer.block()
+    sent = b"".join([
+        http2.PREFACE, SETTINGS,
+        frame(http2.HEADERS, http2.PADDED | http2.PRIORITIZED, 1, b"\x02" + bytes(4) + b"\x10" + block[:3] + b"pp"),
+        frame(http2.CONTINUATION, http2.END_HEADERS, 1, block[3:]),
+        frame(99, 255, 7, b"unknown kinds are left alone"),
+        frame(http2.DATA, http2.PADDED | http2.END_STREAM, 1, b"\x01" + b"\0\0\0\0\x01x" + b"p"),
+    ])  # fmt: skip
+    for byte in sent:
+        peer.send(bytes([byte]))
+    await answered()
+    assert peer.frames()[-2] == (http2.DATA, 0, 1, b"\0\0\0\0\x01x")
+
+
+@on_loop
+async def test_a_large_answer_waits_for_the_windows() -> None:
+    peer = Peer().begin()
+    peer.send(frame(http2.SETTINGS, 0, 0, struct.pack(">HL", 4, 10)))
+    peer.call(1, b"x" * 80_000)
+    await answered()
+
+    def sizes() -> list[int]:
+        return [len(found[3]) for found in peer.frames() if found[0] == http2.DATA]
+
+    assert sizes() == [10]
+    peer.send(frame(http2.SETTINGS, 0, 0, struct.pack(">HL", 4, 20)))
+    assert sizes() == [10]
+    peer.send(window(20_000, 1))
+    assert sizes() == [http2.FRAME_BYTES, 20_000 - http2.FRAME_BYTES]
+    peer.send(window(100_000, 1))
+    assert sum(sizes()) == http2.FIRST_WINDOW - 20_020
+    peer.send(window(100_000))
+    *data, tail = peer.frames()
+    assert sum(len(found[3]) for found in data) == 80_005 - http2.FIRST_WINDOW
+    assert tail[3] == {"grpc-status": "0"}
+
+
+@on_loop
+async def test_what_is_received_is_given_back_to_the_window() -> None:
+    peer = Peer().begin()
+    for stream in range(1, 21, 2):
+        peer.call(stream, b"x" * 50_000)
+        await answered()
+        peer.send(window(60_000))
+    given = [found[3] for found in peer.frames() if found[0] == http2.WINDOW_UPDATE and found[2] == 0]
+    assert sum(int.from_bytes(one, "big") for one in given) > 400_000
+
+
+@on_loop
+async def test_refusals_are_statuses_and_the_connection_lives_on() -> None:
+    async def refuse(request: Request) -> bytes:
+        if request.message == b"fault":
+            raise ValueError
+        if request.message == b"good":
+            return b""
+        raise Refused(5, "nö %", (("a", "b"),))
+
+    peer = Peer(refuse, message_bytes=10).begin()
+    asked: list[tuple[bytes, str]] = [(b"", "5"), (b"fault", "13"), (b"x" * 11, "8"), (b"good", "0")]
+    for number, (message, status) in enumerate(asked):
+        peer.call(2 * number + 1, message)
+        await answered()
+        found = [one[3] for one in peer.frames() if one[0] == http2.HEADERS]
+        assert found[-1]["grpc-status"] == status, found
+        if status == "5":
+            assert (found[-1]["grpc-message"], found[-1]["a"]) == ("n%C3%B6 %25", "b")
+    for number, body in enumerate([b"", b"\0\0\0", b"\0\0\0\0\x02x", b"\0\0\0\0\1xx", b"\1\0\0\0\1x"], 10):
+        peer.send(
+            frame(http2.HEADERS, http2.END_HEADERS, 2 * number + 1, peer.block()),
+            frame(http2.DATA, http2.END_STREAM, 2 * number + 1, body),
+        )
+        assert peer.frames()[-1][3]["grpc-status"] == ("12" if body[:1] == b"\1" else "3")
+    peer.send(frame(http2.HEADERS, BOTH, 99, peer.block(fields=[*FIELDS[:3], ("content-type", "text/html")])))
+    assert peer.frames()[-1][3] == {":status": "415"}
+    assert not peer.transport.closed
+
+
+@on_loop
+async def test_a_call_that_is_reset_is_ended() -> None:
+    ended: list[bool] = []
+
+    async def slow(_: Request) -> bytes:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            ended.append(True)
+            raise
+        return b""
+
+    peer = Peer(slow).begin()
+    peer.call(1, b"")
+    peer.call(3, b"")
+    await answered()
+    peer.send(frame(http2.RST_STREAM, 0, 1, bytes(4)))
+    await answered()
+    assert ended == [True]
+    peer.connection.connection_lost(None)
+    await answered()
+    assert (ended, peer.open) == ([True] * 2, set())
+
+
+@on_loop
+async def test_it_drains() -> None:
+    go = asyncio.Event()
+
+    async def slow(_: Request) -> bytes:
+        await go.wait()
+        return b"done"
+
+    peer = Peer(slow).begin()
+    peer.call(1, b"")
+    await answered()
+    peer.connection.drain()
+    assert peer.frames()[-1][0] == http2.GOAWAY
+    peer.call(3, b"")
+    go.set()
+    await answered()
+    assert [found[2] for found in peer.frames()] == [1, 1, 1]
+    assert peer.transport.closed
+
+
+@on_loop
+async def test_streams_beyond_the_limit_and_requests_that_never_end_are_refused() -> None:
+    peer = Peer(streams=2).begin()
+    for stream in (1, 3, 5):
+        peer.send(frame(http2.HEADERS, http2.END_HEADERS, stream, peer.block()))
+    assert peer.frames() == [(http2.RST_STREAM, 0, 5, struct.pack(">L", http2.REFUSED_STREAM))]
+    peer.connection.sweep(time.monotonic() + 1)
+    assert [found[:3] for found in peer.frames()] == [(http2.RST_STREAM, 0, 1), (http2.RST_STREAM, 0, 3)]
+    peer.call(7, b"x")
+    await answered()
+    assert peer.frames()[-1][3] == {"grpc-status": "0"}
+
+
+@on_loop
+async def test_a_peer_that_does_not_read_is_not_read() -> None:
+    peer = Peer().begin()
+    peer.connection.pause_writing()
+    assert peer.transport.paused
+    peer.connection.resume_writing()
+    assert not peer.transport.paused
+
+
+PING = frame(http2.PING, 0, 0, bytes(8))
+OPEN = http2.PREFACE + SETTINGS
+FAULTS: list[tuple[list[bytes], int]] = [
+    ([b"GET / HTTP/1.1\r\n\r\n"], http2.PROTOCOL_ERROR),
+    ([http2.PREFACE + PING], http2.PROTOCOL_ERROR),
+    ([OPEN, b"\xff\xff\xff" + PING[3:]], http2.FRAME_SIZE_ERROR),
+    ([OPEN, *[PING] * 200], http2.ENHANCE_YOUR_CALM),
+    ([OPEN, frame(http2.PING, 0, 0, b"1")], http2.FRAME_SIZE_ERROR),
+    ([OPEN, frame(http2.DATA, 0, 1, b"")], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.HEADERS, BOTH, 1, b"\xff\xff\xff\xff\xff\xff")], http2.COMPRESSION_ERROR),
+    ([OPEN, frame(http2.HEADERS, BOTH, 2, b"")], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.HEADERS, 0, 1, b""), PING], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.HEADERS, 0, 1, b""), *[frame(http2.CONTINUATION, 0, 1, bytes(9000))] * 2],
+     http2.ENHANCE_YOUR_CALM),
+    ([OPEN, frame(http2.CONTINUATION, 0, 1, b"")], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.HEADERS, BOTH | http2.PADDED, 1, b"\x09")], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.RST_STREAM, 0, 1, bytes(4))], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.PUSH_PROMISE, 0, 1, bytes(4))], http2.PROTOCOL_ERROR),
+    ([OPEN, frame(http2.SETTINGS, 0, 0, b"12345")], http2.FRAME_SIZE_ERROR),
+    ([OPEN, frame(http2.SETTINGS, 0, 0, struct.pack(">HL", 4, 1 << 31))], http2.FLOW_CONTROL_ERROR),
+    ([OPEN, window(0)], http2.PROTOCOL_ERROR),
+    ([OPEN, window((1 << 31) - 1)], http2.FLOW_CONTROL_ERROR),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sent", "reason"), FAULTS)
+def test_a_peer_that_breaks_the_protocol_is_told_and_closed(sent: list[bytes], reason: int) -> None:
+    async def run() -> None:
+        peer = Peer(idle_frames=100)
+        peer.send(*sent)
+        assert peer.fault() == reason
+
+    asyncio.run(run())
+
+
+KINDS = st.integers(0, 11)
+FRAMES = st.builds(
+    frame, KINDS, st.integers(0, 255), st.sampled_from([0, 1, 2, 3, 5, 2**31 - 1]), st.binary(max_size=40)
+)
+
+
+@given(st.lists(st.one_of(FRAMES, FRAMES, st.binary(max_size=20)), max_size=12), st.integers(1, 60))
+@settings(max_examples=200)
+def test_any_frames_in_any_parts_are_taken_or_end_the_connection(frames: list[bytes], part: int) -> None:
+    async def run() -> None:
+        peer = Peer().begin()
+        peer.call(1, b"x")
+        sent = b"".join(frames)
+        peer.send(*(sent[start : start + part] for start in range(0, len(sent), part)))
+        await answered()
+        peer.frames()  # what it says is well formed
+
+    asyncio.run(run())

@@ -28,6 +28,8 @@ from serving.targets.base import ModelVersion, Observation, ShadowObservation, T
 
 __all__ = ["Clock", "CountSource", "Engine", "Gatekeeper", "RolloutResult", "SystemClock", "run_rollout"]
 
+_PATIENCE_BACK_S = 900.0
+"""The same while traffic is on its way back: an engine that ends leaves a version that failed with its share."""
 _PATIENCE_S = 120.0
 """How long a target or a disk may refuse or not answer at all before the engine ends: longer than capacity takes."""
 _LISTEN_S = 1.0
@@ -144,7 +146,7 @@ class Engine:
                 state = self._obey(state)
                 state = self._try_intent(state) if state.intent else self._look_and_decide(state)
             except StorageError as error:  # a full disk may be emptied, and until then nothing is done unwritten
-                self._be_patient(error)
+                self._be_patient(state, error)
                 self._clock.wait(self._spec.look_s)
         if state.outcome is None:
             raise StateError("the rollout ended with no verdict", where=self._store.folder)
@@ -164,6 +166,10 @@ class Engine:
             raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
                              next_step="end the rollout that split it: endcap rollout abort FOLDER; where that folder "
                              "is lost, endcap serve restore VERSION gives all of it to one version")  # fmt: skip
+        if seen.shadow is not None:
+            raise InputError(f"requests are copied to version {seen.shadow.version}",
+                             next_step="end the rollout that copies them: endcap rollout abort FOLDER; where that "
+                             "folder is lost, endcap serve restore VERSION ends the copying")  # fmt: skip
         stable = served[0]
         if stable not in self._packages:
             raise InputError(f"where version {stable}'s package is, is not known", where="what is served now")
@@ -247,9 +253,9 @@ class Engine:
 
     def _after_failure(self, state: State, error: EndcapError) -> State:
         if state.outcome is not None:
-            self._be_patient(error)
+            self._be_patient(state, error)
             self._clock.wait(self._spec.look_s)  # the same way is tried again
-        elif type(error) is TargetError and self._is_patient():
+        elif type(error) is TargetError and self._is_patient(state):
             self._clock.wait(self._spec.look_s)
             return state  # a target or a gateway that is being started again is no fault of canary's
         else:
@@ -274,7 +280,7 @@ class Engine:
             try:
                 self._store.save_state(after)
             except StorageError as error:
-                self._be_patient(error)
+                self._be_patient(state, error)
         return after
 
     def _record(self, decided: Decision) -> None:
@@ -316,7 +322,7 @@ class Engine:
         try:
             seen = self._target.observe(shoppers_since_s=since_s)
         except EndcapError as error:
-            self._be_patient(error)
+            self._be_patient(state, error)
             return None
         if not state.intent:
             self._failing_since_s = None
@@ -337,16 +343,17 @@ class Engine:
         }
         return measured(seen, counts)
 
-    def _be_patient(self, error: EndcapError) -> None:
+    def _be_patient(self, state: State, error: EndcapError) -> None:
         """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
-        if not self._is_patient():
+        if not self._is_patient(state):
             raise error
 
-    def _is_patient(self) -> bool:
+    def _is_patient(self, state: State) -> bool:
         now_s = self._clock.now_s()
         if self._failing_since_s is None:
             self._failing_since_s = now_s
-        return now_s - self._failing_since_s <= _PATIENCE_S
+        patience_s = _PATIENCE_BACK_S if state.phase is Phase.RETURNING else _PATIENCE_S
+        return now_s - self._failing_since_s <= patience_s
 
 
 class _Sight:

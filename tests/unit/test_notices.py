@@ -63,6 +63,13 @@ def test_the_start_a_hold_a_wait_and_the_end_are_told_and_nothing_else() -> None
     ]  # fmt: skip
 
 
+def test_a_step_back_from_all_the_traffic_is_told() -> None:
+    last = OBSERVING.with_(step=2, seq=7)
+    notice = told(last, last.with_(phase=Phase.GROWING, step=1, reason="back to 50%, to be compared again", seq=8))
+    assert notice is not None
+    assert (notice.kind, notice.title) == ("hold", "recommender: version 3 goes back to 50%")
+
+
 def test_nobody_is_told_that_somebody_paused_it() -> None:
     paused = OBSERVING.with_(paused_at_s=5.0, waiting="paused by ann", seq=4)
     assert told(OBSERVING, paused, Commanded(Command.PAUSE, "ann", 1)) is None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StrictBool, StrictInt, StrictStr
 from pydantic.json_schema import models_json_schema
 
 from endcap.package import Manifest, Task
@@ -178,6 +178,21 @@ class ServerMetadata(_Wire):
     extensions: list[StrictStr]
 
 
+class RepositoryEntry(_Wire):
+    name: StrictStr
+    version: StrictStr
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: StrictStr
+
+
+class RepositoryIndex(RootModel[list[RepositoryEntry]]):
+    pass
+
+
+class Done(_Wire):
+    pass
+
+
 class TensorMetadata(_Wire):
     name: StrictStr
     datatype: StrictStr
@@ -195,6 +210,7 @@ class ModelMetadata(_Wire):
 _MODELS: tuple[type[BaseModel], ...] = (
     RecommendRequest, RecommendResponse, RecommendError, InferRequest, InferResponse, InferError, Instances, Inputs,
     Predictions, Outputs, Models, ModelReady, Ready, Live, Alive, ServerMetadata, ModelMetadata,
+    RepositoryIndex, Done,
 )  # fmt: skip
 
 _REFUSALS = {
@@ -249,6 +265,15 @@ def _post(summary: str, request: dict[str, Any], response: dict[str, Any], error
     }
 
 
+def _admin(summary: str, model: str, *, key: bool) -> dict[str, Any]:
+    refusals = {401: "The admin key is missing or wrong.", 403: "This server does not do that.",
+                404: "No such model.", 409: "Refused; what served before goes on."} if key else {}  # fmt: skip
+    responses = {"200": {"description": "Done.", "content": _ref(model)}} | {
+        str(status): {"description": text, "content": _ref("InferError")} for status, text in refusals.items()
+    }
+    return {"post": {"summary": summary, "responses": responses} | ({"security": [{"admin": []}]} if key else {})}
+
+
 def document(manifest: Manifest, *, version: str) -> bytes:
     """The OpenAPI 3.1 document."""
     name = manifest.name
@@ -274,8 +299,11 @@ def document(manifest: Manifest, *, version: str) -> bytes:
         "/v2": _get("The server.", "ServerMetadata"),
         "/v2/health/live": _get("Whether the process lives.", "Live"),
         "/v2/health/ready": _get("Whether the server is ready.", "Ready", unready=True),
+        "/v2/repository/index": _admin("The models that this server has.", "RepositoryIndex", key=False),
+        f"/v2/repository/models/{name}/load": _admin("Read the package again and go on with it.", "Done", key=True),
+        f"/v2/repository/models/{name}/unload": _admin("Let go of the package.", "Done", key=True),
         "/": _get("Whether the process lives (KServe v1).", "Alive"),
-        "/metrics": {"get": {"summary": "Prometheus' exposition text.", "responses": {
+        "/metrics": {"get": {"summary": "Prometheus' exposition text.", "security": [{}, {"admin": []}], "responses": {
             "200": {"description": "As it is.", "content": {"text/plain": {"schema": {"type": "string"}}}},
         }}},
     }  # fmt: skip
@@ -298,7 +326,9 @@ def document(manifest: Manifest, *, version: str) -> bytes:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {
+            "schemas": components, "securitySchemes": {"admin": {"type": "http", "scheme": "bearer"}},
+        },
     }, option=orjson.OPT_SORT_KEYS)  # fmt: skip
 
 

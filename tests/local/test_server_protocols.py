@@ -245,6 +245,48 @@ def test_grpc_calls_under_way_are_answered_when_told_to_end(folder: Path, tmp_pa
         assert program.process.wait(30) == 0
 
 
+def test_worker_processes_share_the_grpc_port(folder: Path, tmp_path: Path) -> None:
+    port, grpc_port = free_port(), free_port()
+    run = arguments(folder, port, "--grpc-port", str(grpc_port), "--processes", "2", "--threads", "1")
+    with started(run, port, tmp_path / "log") as program:
+        wait_until(lambda: program.log.read_text().count(f"grpc: port {grpc_port}") == 2, "both workers listen")
+        program.wait_for("/v2/health/ready")
+        for _ in range(6):
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            with grpc.insecure_channel(f"127.0.0.1:{grpc_port}", options=options) as channel:
+                ready = channel.unary_unary(f"/{grpc_messages.SERVICE}/ServerReady")
+                assert ready(b"", timeout=30.0) == b"\x08\x01"
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(30) == 0
+
+
+def test_a_package_is_unloaded_and_loaded_over_grpc_with_the_admin_key(folder: Path, tmp_path: Path) -> None:
+    key = tmp_path / "admin.key"
+    key.write_text("k" * 32)
+    key.chmod(0o600)
+    port = free_port()
+    run = arguments(folder, port, "--grpc-port", "0", "--admin-key", str(key))
+    with started(run, port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+        asked = grpc_messages.message("RepositoryModelLoadRequest")(model_name="recommender").SerializeToString()
+        with grpc.insecure_channel(grpc_address(program)) as channel:
+
+            def ask(method: str, *metadata: tuple[str, str]) -> str:
+                call = channel.unary_unary(f"/{grpc_messages.SERVICE}/RepositoryModel{method}")
+                try:
+                    call(asked, timeout=60.0, metadata=metadata)
+                except grpc.RpcError as error:
+                    return str(error.code().name)
+                return "OK"
+
+            bearer = ("authorization", "Bearer " + "k" * 32)
+            assert [ask("Unload"), ask("Unload", ("authorization", "Bearer x"))] == ["UNAUTHENTICATED"] * 2
+            assert ask("Unload", bearer) == "OK"
+            assert program.status("/v2/health/ready") == 503
+            assert ask("Load", bearer) == "OK"
+            assert program.status("/v2/health/ready") == 200
+
+
 def test_a_grpc_port_in_use_is_said_on_one_line(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

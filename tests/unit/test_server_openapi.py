@@ -90,7 +90,9 @@ def test_every_get_answers_as_it_says(document: Any, client: AsgiClient) -> None
 
 
 def test_every_post_takes_and_answers_what_it_says(document: Any, client: AsgiClient) -> None:
-    posts = {path: item["post"] for path, item in document["paths"].items() if "post" in item}
+    posts = {
+        path: item["post"] for path, item in document["paths"].items() if "post" in item and "repository" not in path
+    }
     assert set(posts) == set(BODIES)
     for path, operation in posts.items():
         for body in BODIES[path]:
@@ -98,6 +100,13 @@ def test_every_post_takes_and_answers_what_it_says(document: Any, client: AsgiCl
             answer = client.post(path, body)
             assert answer.status == 200, answer.body
             assert schema_errors(document, operation["responses"]["200"]["content"], answer.json) == [], path
+
+
+def test_the_repository_answers_as_it_says(document: Any, client: AsgiClient) -> None:
+    for path, status in (("index", 200), ("models/recommender/load", 403), ("models/recommender/unload", 403)):
+        answer = client.post(f"/v2/repository/{path}", b"")
+        content = document["paths"][f"/v2/repository/{path}"]["post"]["responses"][str(status)]["content"]
+        assert (answer.status, schema_errors(document, content, answer.json)) == (status, [])
 
 
 def test_errors_are_of_the_form_it_says(document: Any, client: AsgiClient) -> None:

@@ -22,7 +22,7 @@ condition 2 says that (x, y) is the Kullback-Leibler projection of (a, b) onto t
 towards control's running estimate; its remaining error costs a little power and no validity. The numbers of events of
 a look may be looked at (they are independent of what becomes of the events), its outcomes may not. Hence requests by
 their first attempt and not attempts: a retry makes the number hang on the outcome, and what fails whoever tries it
-would be several failures of one cause (measured, of answers that fail at every retry: alpha missed by ten to forty times).
+would be several failures of one cause (measured, of answers that fail at every retry: alpha missed ten to forty times).
 
 Products of a bet over looks, and weighted means of several bets, are e-processes, so the chance that one ever reaches
 1/alpha under its hypothesis is at most alpha, however often and whenever it is looked at (Ville, *Étude critique de la

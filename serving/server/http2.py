@@ -36,6 +36,7 @@ FRAME_BYTES = 16_384
 MOST_WINDOW = (1 << 31) - 1
 FIRST_WINDOW = 65_535
 PREFACE_S = 10.0
+LINGER_S = 0.2
 
 OK, CANCELLED, INVALID, DEADLINE, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 1, 3, 4, 8, 12, 13, 14
 
@@ -152,6 +153,7 @@ class Connection(asyncio.Protocol):
         self._blocked = 0
         self._broken = False
         self._draining = False
+        self._leaving = False
         self._waiting_s: asyncio.TimerHandle | None = None
 
     # ---- asyncio ----
@@ -494,8 +496,11 @@ class Connection(asyncio.Protocol):
         self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", code)))
 
     def _ended_all(self) -> None:
-        if self._draining and not self._streams:
-            self._transport.close()
+        if self._draining and not self._streams and not self._leaving:
+            self._leaving = True
+            # What the peer has sent before it read GOAWAY must be read, or closing would reset the connection and take
+            # the last answers with it.
+            self._loop.call_later(LINGER_S, self._transport.close)
 
     def drain(self) -> None:
         """Take no more calls; close when those under way are answered."""

@@ -253,7 +253,11 @@ async def test_it_drains() -> None:
     go.set()
     await answered()
     assert [found[2] for found in peer.frames()] == [1, 1, 1]
-    assert peer.transport.closed
+    peer.call(5, b"too late, and read all the same")
+    async with asyncio.timeout(20):
+        while not peer.transport.closed:
+            await asyncio.sleep(0.01)
+    assert peer.frames() == []
 
 
 @on_loop

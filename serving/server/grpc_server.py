@@ -269,7 +269,7 @@ class GrpcServer:
         begun_s = time.perf_counter()
         backend = self._backend
         try:
-            call = backend.admit(request.headers, within_s=request.until_s - time.monotonic())
+            call = backend.admit(request.headers, within_s=max(0.0, request.until_s - time.monotonic()))
             asked = parse_infer(request.message, call.manifest, version=backend.version)
             outputs = await call.infer(asked.inputs)
             answer = format_infer(asked, outputs, call.manifest, version=backend.version)

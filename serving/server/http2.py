@@ -1,7 +1,7 @@
 """HTTP/2 with prior knowledge, for unary gRPC calls and nothing else, on an asyncio loop.
 
 Why not grpcio: a unary call through its asyncio server costs 255 microseconds before anything is done, through this
-one 52 (decision 15). RFC 9113 without push, priorities and upgrade from HTTP/1; header compression by the ``hpack``
+one 52 (decision 14). RFC 9113 without push, priorities and upgrade from HTTP/1; header compression by the ``hpack``
 package; checked with h2spec and grpcio's own clients.
 
 What a peer can make a connection hold is bounded: streams at once, bytes of a message and of a header block, frames

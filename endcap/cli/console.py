@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rich.console import Console as RichConsole
 from rich.console import Group, RenderableType
@@ -57,6 +58,9 @@ class Page:
 class Console:
     """``json_output``: the command will end in one JSON document; people's lines then go to standard error."""
 
+    has_answered: ClassVar[bool] = False
+    """Whether this process has written its JSON document."""
+
     def __init__(self, *, json_output: bool = False) -> None:
         self.json_output = json_output
         self._rich = RichConsole(stderr=json_output, highlight=False, soft_wrap=True)
@@ -95,8 +99,11 @@ class Console:
             yield lambda page: live.update(_drawn(page), refresh=True)
 
     def result(self, document: Mapping[str, object] | Sequence[object]) -> None:
-        """The machine's answer, on standard output; only with ``--json``."""
+        """The machine's answer, on standard output; only with ``--json``. One a command: an error is then told to
+        people alone.
+        """
         if self.json_output:
+            Console.has_answered = True
             sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
             sys.stdout.flush()
 

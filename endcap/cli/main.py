@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def _fail(text: str, code: int, document: dict[str, str | None]) -> NoReturn:
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and not Console.has_answered:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
     Console().error(text)
     sys.exit(code)

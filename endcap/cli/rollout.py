@@ -90,6 +90,9 @@ def start(
         candidate = ModelVersion(checked_label(label or _label_of(spec.candidate)), _existing(package))
     else:
         candidate = resolve_candidate(spec.candidate, registry)
+    if spec.baseline and candidate.label.endswith("-baseline"):
+        raise InputError(f"{candidate.label!r} is what stable's fresh copy is called", where="--label",
+                         next_step="choose another label")  # fmt: skip
     folder = folder or DEFAULT_FOLDER / f"{spec.service}-{candidate.label}"
     console.say(f"  folder {folder}", style="dim")
     if has_ended(folder):

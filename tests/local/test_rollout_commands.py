@@ -162,6 +162,7 @@ def test_a_rollout_whose_engine_was_killed_is_aborted_by_one_command(shop: tuple
     assert again.returncode == 0
     assert "aborted" in again.stdout
     gone_on = here.endcap("start", here.root / "rollout.yaml", "--package", here.root / "candidate", "--label", "3",
-                          "--folder", folder)  # fmt: skip
+                          "--folder", folder, "--json")  # fmt: skip
     assert gone_on.returncode == 4
     assert "aborted by" in gone_on.stderr
+    assert json.loads(gone_on.stdout)["verdict"] == "aborted", "one document, although it is no promotion"

@@ -250,6 +250,10 @@ def test_a_mistyped_package_does_not_use_the_rollout_s_folder_up(abandoned: Serv
     with pytest.raises(InputError, match="is no label"):
         endcap("rollout", "start", rollout, "--objectives", objectives, "--package", tmp_path, "--label", "../x",
                "--folder", tmp_path / "new")  # fmt: skip
+    rollout.write_text(rollout.read_text().replace("}", ", baseline: true}", 2).replace(", baseline: true", "", 1))
+    with pytest.raises(InputError, match="fresh copy"):
+        endcap("rollout", "start", rollout, "--objectives", objectives, "--package", tmp_path, "--label", "1-baseline",
+               "--folder", tmp_path / "new")  # fmt: skip
     assert not (tmp_path / "new").exists()
 
 

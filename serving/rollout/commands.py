@@ -65,7 +65,8 @@ def ask(
         asked = read_commands(folder)
         if len(asked) < state.commands:  # what is asked now would have a number that was taken up already
             raise StateError(f"{state.commands} commands were taken up, and {len(asked)} are left",
-                             where=folder / COMMANDS_FILE, next_step="restore the file")  # fmt: skip
+                             where=folder / COMMANDS_FILE, next_step="restore the file; to return the traffic without "
+                             f"it end the engine, then endcap serve restore {state.stable}")  # fmt: skip
         waiting = [known for known in asked if known.number > state.commands]
         if waiting and _same(waiting[-1], command, step):
             return waiting[-1].number

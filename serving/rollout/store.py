@@ -17,6 +17,7 @@ from endcap.errors import InputError, StateError
 from endcap.files import JsonLines, read_json, read_json_lines, write_json
 from endcap.objectives import Objectives
 from serving.rollout.audit import replay
+from serving.rollout.declared import DECLARED_FILE, read_declaration
 from serving.rollout.events import Command, Commanded
 from serving.rollout.looks import observation_from_json, observation_to_json
 from serving.rollout.spec import RolloutSpec
@@ -31,7 +32,6 @@ STATE_FILE = "state.json"
 DECISIONS_FILE = "decisions.jsonl"
 LOOKS_FILE = "looks.jsonl"
 COMMANDS_FILE = "commands.jsonl"
-_DECLARED_FILE = "declared.json"
 _MAY_CHANGE = frozenset({"freeze", "webhook_from", "prometheus_url"})
 """What no evidence stands on: a freeze may be declared while a rollout runs."""
 
@@ -84,7 +84,7 @@ class RolloutStore:
 
     def declare(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Keep what the rollout was begun with."""
-        write_json(self.folder / _DECLARED_FILE, _declared(spec, objectives))
+        write_json(self.folder / DECLARED_FILE, _declared(spec, objectives))
 
     def check_declared(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Refuse another declaration: the evidence so far, and the bounds on its errors, stand on the first one.
@@ -92,9 +92,9 @@ class RolloutStore:
         Raises:
             InputError: something differs; the message names it.
         """
-        path = self.folder / _DECLARED_FILE
-        kept, asked = read_json(path), json.loads(json.dumps(_declared(spec, objectives)))
-        differ = [name for name, value in asked.items() if not isinstance(kept, dict) or kept.get(name) != value]
+        path = self.folder / DECLARED_FILE
+        kept, asked = read_declaration(self.folder), json.loads(json.dumps(_declared(spec, objectives)))
+        differ = [name for name, value in asked.items() if kept.get(name) != value]
         differ = [name for name in differ if name not in _MAY_CHANGE]
         if differ:
             raise InputError(f"the rollout here was begun with other {', '.join(differ)}", where=path,

@@ -17,6 +17,7 @@ from endcap.cli.standing import read_standing
 from endcap.errors import BusyError, CapacityError, InputError, OutcomeError, StateError, StorageError
 from endcap.files import FolderLock, read_json_lines
 from serving.rollout.commands import ask
+from serving.rollout.declared import DECLARED_FILE
 from serving.rollout.engine import RolloutResult, run_rollout
 from serving.rollout.events import Command
 from serving.rollout.freeze import DateFreeze
@@ -117,6 +118,19 @@ def test_a_freeze_declared_while_it_runs_is_in_the_log_and_the_log_verifies(
     endcap("rollout", "history", folder, "--verify")
     (folder / STATE_FILE).unlink()
     assert roll(folder, target) == result, "the log alone leads there, with or without the freeze"
+
+
+@pytest.mark.parametrize("damage", [b"", b"null", b"{", b"\xff\x00", None])
+def test_a_declaration_that_is_lost_names_the_way_back(
+    damage: bytes | None, cut_off: tuple[Path, SimulatedTarget]
+) -> None:
+    folder, target = cut_off
+    path = folder / DECLARED_FILE
+    path.unlink() if damage is None else path.write_bytes(damage)
+    assert_refused(folder, target, DECLARED_FILE)
+    with pytest.raises(StateError, match=DECLARED_FILE) as caught:
+        read_standing(folder)
+    assert caught.value.next_step is not None and "endcap serve restore" in caught.value.next_step
 
 
 # ---- a rollout's folder is gone, and its canary still has traffic ----

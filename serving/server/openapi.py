@@ -216,6 +216,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
 _REFUSALS = {
     400: "The request is wrong; the message names the field.",
     404: "No such model or version.",
+    408: "The body came too slowly.",
     413: f"The body is larger than {MAX_BODY_BYTES} bytes.",
     415: "The body is compressed.",
     429: "Too much waits, and this is batch work; Retry-After says when to come again.",

@@ -49,7 +49,8 @@ def false_rollbacks(runs: int, seed: int, say: Say, *, only: Sequence[str] = tup
         aa.append({
             "scenario": scenario, "runs": runs, "false_rollbacks": false, "rate": false / runs,
             "upper95": upper_limit(false, runs), "promoted_rate": float(promoted.mean()),
-            "undecided_rate": done.share("undecided"), "held_rate": done.share("held"), "seed": seed + number,
+            "undecided_rate": done.share("undecided"), "held_rate": done.share("held"),
+            "compared_again_rate": float((done.compared_again > 0).mean()), "seed": seed + number,
             "median_s": float(np.median(done.seconds)), "p90_s": float(np.quantile(done.seconds, 0.9)),
             "by_objective": _by_objective(done), "by_step": np.bincount(done.step[done.ended("rolled_back")],
                                                                        minlength=len(SPEC.steps)).tolist(),

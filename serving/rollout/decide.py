@@ -22,9 +22,9 @@ from serving.rollout.state import (
     State,
 )
 
-__all__ = ["begin", "decide", "shares_of"]
+__all__ = ["COMPARISONS", "begin", "decide", "shares_of"]
 
-_COMPARISONS = 2
+COMPARISONS = 2
 """How often a rollout goes back from all the traffic to compare again: outages end, a broken version does not."""
 _BEFORE_TRAFFIC = (Phase.GATING, Phase.PENDING, Phase.SHADOWING)
 
@@ -258,7 +258,7 @@ def _compare_again(spec: RolloutSpec, state: State, troubled: str) -> State:
 
     Only traffic to the old version tells which, so it gets its part back, and the evidence decides again.
     """
-    if state.compared_again >= _COMPARISONS:
+    if state.compared_again >= COMPARISONS:
         return _back(spec, state, Outcome.HELD, f"again at 100%, with nothing to compare it with: {troubled}")
     before = state.step - 1
     shares = shares_of(spec, state, before)

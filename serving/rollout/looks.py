@@ -12,10 +12,16 @@ from endcap.objectives import Good, Objective, Objectives
 from serving.rollout.events import NOTHING_RECEIVED, Received
 from serving.targets.base import Observation, ShadowObservation, VersionObservation
 
-__all__ = ["Lately", "Look", "LookFold", "Split", "observation_from_json", "observation_to_json", "shadow_strata"]
+__all__ = [
+    "BESIDE_S", "KEPT", "TROUBLE_DEVIATIONS", "TROUBLE_EVENTS", "Lately", "Look", "LookFold", "Split",
+    "observation_from_json", "observation_to_json", "shadow_strata",
+]  # fmt: skip
 
-_KEPT = 0.9
-_BESIDE_S = 60.0
+KEPT = 0.9
+"""What a look leaves of those before it, for :class:`Lately`: about ten of them count."""
+TROUBLE_DEVIATIONS, TROUBLE_EVENTS = 5.0, 2.0
+"""A goal is missed by more than chance explains: so many standard deviations and events beyond what is due."""
+BESIDE_S = 60.0
 """How long canary's events wait for control's at most: scrapes of two processes come apart by their interval."""
 
 
@@ -122,7 +128,7 @@ class LookFold:
         since_s, waited = self._waiting.pop(name, (seen.at_s, Counts()))
         canary = waited + new.canary
         alone = seen.shares.get(self._canary, 0.0) == 1
-        if new.control.total or not canary.total or alone or seen.at_s - since_s >= _BESIDE_S:
+        if new.control.total or not canary.total or alone or seen.at_s - since_s >= BESIDE_S:
             return Stratum(canary, new.control)
         self._waiting[name] = since_s, canary
         return Stratum(Counts(), Counts())
@@ -161,14 +167,14 @@ class Lately:
         for name, stratum in look.strata.items():
             bad, total = self._seen[name]
             counts = stratum.canary
-            self._seen[name] = (bad * _KEPT + counts.total - counts.good, total * _KEPT + counts.total)
+            self._seen[name] = (bad * KEPT + counts.total - counts.good, total * KEPT + counts.total)
 
     @property
     def troubled(self) -> str | None:
         """Which goal is missed by more than chance explains (five standard deviations and two events)."""
         for name, (bad, total) in self._seen.items():
             due = (1 - self._goals[name]) * total
-            if bad > due + 5 * math.sqrt(due) + 2:
+            if bad > due + TROUBLE_DEVIATIONS * math.sqrt(due) + TROUBLE_EVENTS:
                 return f"{name} is {1 - bad / total:.1%} of late, its goal {self._goals[name]:.4g}"
         return None
 

@@ -3,13 +3,14 @@
 The same evidence as a rollout's own (the kernel, a batch at a time) and the same rules as
 :func:`serving.rollout.decide.decide`, applied to arrays. Every act is instant and does what it should, no one pauses
 or approves (an approval is given at once), the checks before traffic are passed, and a split of shoppers that is not
-the one that was set does not occur.
+the one that was set does not occur. Of an engine's looks those right before and after an act, in which nothing is new,
+are left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from endcap.errors import InputError
 from endcap.evidence.kernel import Kernel
 from endcap.objectives import Objectives
+from serving.rollout.decide import COMPARISONS
+from serving.rollout.looks import BESIDE_S, KEPT, TROUBLE_DEVIATIONS, TROUBLE_EVENTS
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Outcome
 from serving.rollout.traffic import Clicks, Drift, Outage, Population, Seen, Stream, Traffic
@@ -38,6 +41,8 @@ _CROWD_CELLS = 5_000_000
 """The most (run, look, step) of a finite population drawn together: 14 bytes each."""
 _WORTH_PACKING = 0.9
 """Runs that ended are taken out when fewer than this part of the rows are still running."""
+
+_KEPT_OF_A_RUN = ("attempts", "failed", "late", "step", "compared_again")
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -70,7 +75,8 @@ class SimulatedRuns:
 
     ``outcome``: index into :attr:`OUTCOMES`; ``seconds``: to the verdict; ``attempts``: at canary by then;
     ``events`` [runs, objectives]: canary's by then; ``failing`` [runs, objectives]: objectives shown to be bad;
-    ``failed``, ``late``: canary's attempts not answered, and answered too late; ``step``: the last one, from 0.
+    ``failed``, ``late``: canary's attempts not answered, and answered too late; ``step``: the last one, from 0;
+    ``compared_again``: how often it went back from all the traffic to be compared again.
     """
 
     OUTCOMES = _OUTCOMES
@@ -83,6 +89,7 @@ class SimulatedRuns:
     failed: Ints
     late: Ints
     step: Ints
+    compared_again: Ints
     recorded: tuple[RecordedRun, ...] = ()
 
     def __len__(self) -> int:
@@ -125,6 +132,7 @@ def simulate(
         failed=np.concatenate([part.failed for part in parts]),
         late=np.concatenate([part.late for part in parts]),
         step=np.concatenate([part.step for part in parts]),
+        compared_again=np.concatenate([part.compared_again for part in parts]),
         recorded=tuple(run for part in parts for run in part.recorded),
     )
 
@@ -168,6 +176,50 @@ def _chunks(traffic: Traffic, runs: int, cells: int, seed: int) -> list[tuple[in
     return [(start, min(size, runs - start), child) for start, child in zip(starts, seeds, strict=True)]
 
 
+class _Beside:
+    """Canary's events that wait for control's: :class:`serving.rollout.looks.LookFold`'s rule, as arrays."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._bad, self._total, self._since_s = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self._any = False
+
+    def canary(self, seen: Seen, alone: NDArray[np.bool_], now_s: float) -> tuple[Floats, Floats]:
+        """Canary's bad and all events that are evidence now. ``alone``: which runs have no share for control."""
+        nothing_beside = (seen.control_total == 0) & (seen.canary_total > 0) & ~alone[:, None]
+        if not self._any and not nothing_beside.any():
+            return seen.canary_bad, seen.canary_total
+        since_s = np.where(self._total > 0, self._since_s, now_s)
+        bad, total = self._bad + seen.canary_bad, self._total + seen.canary_total
+        goes = (seen.control_total > 0) | (total == 0) | alone[:, None] | (now_s - since_s >= BESIDE_S)
+        self._bad, self._total, self._since_s = np.where(goes, 0.0, bad), np.where(goes, 0.0, total), since_s
+        self._any = not goes.all()
+        return np.where(goes, bad, 0.0), np.where(goes, total, 0.0)
+
+    def take(self, rows: NDArray[np.bool_]) -> None:
+        self._bad, self._total, self._since_s = self._bad[rows], self._total[rows], self._since_s[rows]
+
+
+class _Lately:
+    """Canary's last ten looks against the goals alone: :class:`serving.rollout.looks.Lately`'s rule, as arrays."""
+
+    def __init__(self, runs: int, bad_goals: Floats) -> None:
+        self._bad_goals = bad_goals
+        self._bad, self._total = np.zeros((runs, len(bad_goals))), np.zeros((runs, len(bad_goals)))
+
+    def troubled(self, bad: Floats, total: Floats) -> NDArray[np.bool_]:
+        """Which runs are in trouble with one more look's events. The same sums in the same order as there."""
+        self._bad *= KEPT
+        self._bad += total
+        self._bad -= total - bad
+        self._total *= KEPT
+        self._total += total
+        due = self._bad_goals * self._total
+        return np.asarray((self._bad > due + TROUBLE_DEVIATIONS * np.sqrt(due) + TROUBLE_EVENTS).any(axis=1))
+
+    def take(self, rows: NDArray[np.bool_]) -> None:
+        self._bad, self._total = self._bad[rows], self._total[rows]
+
+
 class _Batch:
     def __init__(
         self, objectives: Objectives, spec: RolloutSpec, traffic: Traffic, runs: int, seed: np.random.SeedSequence,
@@ -190,21 +242,25 @@ class _Batch:
         count = len(objectives.objectives)
         self._outcome = np.full(runs, _UNDECIDED, dtype=np.int8)
         self._seconds = np.full(runs, self._looks * spec.look_s)
-        self._final = {name: np.zeros(runs, dtype=np.int64) for name in ("attempts", "failed", "late", "step")}
+        self._final = {name: np.zeros(runs, dtype=np.int64) for name in _KEPT_OF_A_RUN}
         self._events = np.zeros((runs, count))
         self._failing = np.zeros((runs, count), dtype=np.bool_)
 
     def run(self) -> SimulatedRuns:
         rows: NDArray[np.intp] = np.arange(self._runs)
         running = np.ones(self._runs, dtype=np.bool_)
-        step, attempts, step_from, failed, late = (np.zeros(self._runs, dtype=np.int64) for _ in range(5))
+        step, attempts, step_from, failed, late, compared = (np.zeros(self._runs, dtype=np.int64) for _ in range(6))
         step_at, held_at = np.zeros(self._runs), np.full(self._runs, np.nan)
         events = np.zeros_like(self._events)
         state = self._kernel.start((self._runs,))
+        beside, lately = _Beside(self._events.shape), _Lately(self._runs, self._kernel.bad_goals)
         for look in range(1, self._looks + 1):
             now_s = look * self._spec.look_s
             seen = self._stream.look(step)
-            self._kernel.update(state, seen.canary_bad, seen.canary_total, seen.control_bad, seen.control_total)
+            at_all = self._share[step] == 1
+            canary_bad, canary_total = beside.canary(seen, at_all, now_s)
+            self._kernel.update(state, canary_bad, canary_total, seen.control_bad, seen.control_total)
+            troubled = lately.troubled(canary_bad, canary_total)
             attempts += seen.canary_attempts
             failed += seen.canary_failed
             late += seen.canary_late
@@ -218,42 +274,50 @@ class _Batch:
             fail = failing.any(axis=1)
             elapsed = now_s - step_at
             enough = (attempts - step_from >= self._min_requests[step]) & (elapsed >= self._min_s[step])
-            at_all = self._share[step] == 1
-            promoted = ~fail & at_all & enough & (seen.canary_attempts > 0) & (seen.control_attempts == 0)
+            again = ~fail & at_all & troubled
+            back = again & (compared < COMPARISONS)
+            promoted = ~fail & ~again & at_all & enough & (seen.canary_attempts > 0) & (seen.control_attempts == 0)
             grows = ~fail & ~at_all & enough & (passed | ~self._next_is_all[step])
-            stays = ~(fail | promoted | grows)
+            waits = grows & (compared > 0) & troubled
+            grows &= ~waits
+            moves = grows | back
+            stays = ~(fail | again | promoted | grows | waits)
             held = stays & (now_s - held_at >= self._spec.hold_s)
             tired = stays & np.isnan(held_at) & (elapsed >= self._max_s[step])
             held |= tired if self._spec.hold_s == 0 else False
-            held_at = np.where(grows, np.nan, np.where(tired, now_s, held_at))
+            held |= again & ~back
+            held_at = np.where(moves, np.nan, np.where(tired, now_s, held_at))
             ending = running & (fail | promoted | held)
             if ending.any():
                 which = rows[ending]
                 self._outcome[which] = np.where(fail, _ROLLED_BACK, np.where(promoted, _PROMOTED, _HELD))[ending]
                 self._seconds[which] = now_s
-                self._keep(which, ending, attempts, failed, late, step, events, failing)
+                self._keep(which, ending, (attempts, failed, late, step, compared), events, failing)
                 running &= ~ending
                 alive = int(running.sum())
                 if alive == 0:
                     return self._result()
-            step = step + grows
-            step_at = np.where(grows, now_s, step_at)
-            step_from = np.where(grows, attempts, step_from)
+            step = step + grows - back
+            compared = compared + back
+            step_at = np.where(moves, now_s, step_at)
+            step_from = np.where(moves, attempts, step_from)
             if ending.any() and alive < _WORTH_PACKING * len(rows):
                 self._stream.take(running)
                 state = state.take(running)
+                beside.take(running)
+                lately.take(running)
                 rows, step, attempts, step_from = rows[running], step[running], attempts[running], step_from[running]
-                failed, late, events = failed[running], late[running], events[running]
+                failed, late, compared, events = failed[running], late[running], compared[running], events[running]
                 step_at, held_at = step_at[running], held_at[running]
                 running = np.ones(alive, dtype=np.bool_)
-        self._keep(rows[running], running, attempts, failed, late, step, events, failing)
+        self._keep(rows[running], running, (attempts, failed, late, step, compared), events, failing)
         return self._result()
 
     def _keep(
-        self, which: NDArray[np.intp], of: NDArray[np.bool_], attempts: Ints, failed: Ints, late: Ints, step: Ints,
-        events: Floats, failing: NDArray[np.bool_],
+        self, which: NDArray[np.intp], of: NDArray[np.bool_], counted: Sequence[Ints], events: Floats,
+        failing: NDArray[np.bool_],
     ) -> None:  # fmt: skip
-        for name, values in (("attempts", attempts), ("failed", failed), ("late", late), ("step", step)):
+        for name, values in zip(_KEPT_OF_A_RUN, counted, strict=True):
             self._final[name][which] = values[of]
         self._events[which] = events[of]
         self._failing[which] = failing[of]
@@ -279,5 +343,6 @@ class _Batch:
         )
         return SimulatedRuns(
             self._outcome, self._seconds, self._final["attempts"], self._events, self._failing,
-            self._final["failed"], self._final["late"], self._final["step"], recorded,
+            self._final["failed"], self._final["late"], self._final["step"], self._final["compared_again"],
+            recorded,
         )  # fmt: skip

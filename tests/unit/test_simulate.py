@@ -57,6 +57,44 @@ def test_evidence_and_decide_come_to_the_same_verdict_at_the_same_look(kind: str
         assert judged_again(OBJECTIVES, SPEC, recorded) == (recorded.outcome, recorded.seconds)
 
 
+def judged_alike(done: SimulatedRuns, spec: RolloutSpec) -> bool:
+    return [judged_again(OBJECTIVES, spec, one) for one in done.recorded] == [
+        (one.outcome, one.seconds) for one in done.recorded
+    ]
+
+
+def test_an_outage_under_all_the_traffic_is_compared_again_and_ends_in_a_promotion() -> None:
+    # The step before takes ten seconds at least, and the outage lasts longer: growth waits until it is over.
+    spec = replace(SPEC, steps=(*SPEC.steps[:2], Step(1.0, 100, 60, 120)))
+    traffic = replace(PLAIN, outage=Outage(failed=0.2, late=0.0, duration_s=25, latest_s=120))
+    done = run(traffic, runs=40, spec=spec, record=20)
+    again = done.compared_again > 0
+    assert 5 < again.sum() < 35
+    assert (done.outcome[again] == SimulatedRuns.OUTCOMES.index("promoted")).mean() > 0.8
+    waited = min(one.seconds for one, went_back in zip(done.recorded, again, strict=False) if went_back)
+    assert waited > 2 * 60, "back, and once more all of the last step"
+    assert judged_alike(done, spec)
+
+
+def test_who_misses_a_goal_three_times_under_all_the_traffic_is_held() -> None:
+    spec = replace(SPEC, steps=(*SPEC.steps[:2], Step(1.0, 100, 90, 300)))
+    good = {**GOOD, "availability": 0.98}
+    done = run(replace(PLAIN, good=good, drift=Drift(part=1.0, period_s=60)), runs=20, spec=spec, record=20)
+    held = done.ended("held")
+    assert held.sum() > 5
+    assert (done.compared_again[held] == 2).all()
+    assert (done.step[held] == 2).all()
+    assert judged_alike(done, spec)
+
+
+@pytest.mark.parametrize("requests_per_s", [0.5, 3.0])
+def test_events_of_canary_wait_for_controls_as_those_of_a_rollout_do(requests_per_s: float) -> None:
+    spec = replace(SPEC, steps=(Step(0.9, 20, 10, 300), Step(1.0, 20, 5, 60)))
+    quiet = replace(PLAIN, requests_per_s=requests_per_s, new_shoppers_per_s=requests_per_s / 2)
+    for traffic in (quiet, replace(quiet, canary={"availability": 0.5})):
+        assert judged_alike(run(traffic, spec=spec, record=6), spec)
+
+
 def test_inconclusive_rollouts_are_held_after_the_step_and_the_hold() -> None:
     slow = replace(SPEC, steps=(Step(0.1, 10**9, 10, 40), Step(1.0, 100, 5, 60)))
     done = run(PLAIN, spec=slow, record=3)

@@ -23,6 +23,9 @@ __all__ = ["Standing", "evidence_lines", "read_standing", "said"]
 REACH = 0.25
 """How far the evidence's intervals reach to either side."""
 _BLOCK_BYTES = 1 << 16
+_LATE_S = 10.0
+"""A look may take a while on a busy machine."""
+_LOOKING = (Phase.SHADOWING, Phase.OBSERVING, Phase.HOLDING)
 _PLACES = {
     Phase.GATING: "is checked before any traffic",
     Phase.PENDING: "waits before any traffic",
@@ -119,7 +122,11 @@ class Standing:
                           f"{shadow['overlap']:.0%} of the items alike", "dim"))  # fmt: skip
         if self.looked_at_s is not None and not state.ended:
             at = datetime.fromtimestamp(self.looked_at_s, UTC).strftime("%H:%M:%S UTC")
-            lines.append((f"  last look {_duration(now_s - self.looked_at_s)} ago ({at})", "dim"))
+            age_s = now_s - self.looked_at_s
+            blind = self.engine and state.phase in _LOOKING and age_s > _LATE_S + 3 * spec.look_s
+            lines.append((f"  last look {_duration(age_s)} ago ({at})"
+                          f"{': the target or the disk does not answer, or the engine hangs' if blind else ''}",
+                          "yellow" if blind else "dim"))  # fmt: skip
         if self.what_next is not None:
             lines.append((f"  next: {self.what_next}", "yellow"))
         columns = ("objective", "verdict", "canary", "control", "points", "interval", "margin")

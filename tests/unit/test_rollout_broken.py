@@ -214,6 +214,16 @@ def test_an_abort_whose_engine_died_on_the_way_back_is_gone_on_with_by_the_next(
 # ---- what people are told ----
 
 
+def test_an_engine_that_sees_nothing_any_more_is_said_to(cut_off: tuple[Path, SimulatedTarget]) -> None:
+    folder, _ = cut_off
+    with FolderLock(folder):
+        standing = read_standing(folder)
+        assert standing.looked_at_s is not None
+        said = {age_s: str(standing.page(standing.looked_at_s + age_s).lines) for age_s in (1, 60)}
+    assert "does not answer" in said[60]
+    assert "does not answer" not in said[1]
+
+
 def test_an_engine_that_does_not_hear_is_named(cut_off: tuple[Path, SimulatedTarget]) -> None:
     folder, _ = cut_off
     with FolderLock(folder) as held, pytest.raises(OutcomeError) as caught:

@@ -166,25 +166,30 @@ def load_engine(package: Verified, *, variant: str = "float32", threads: int = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 4  # what goes wrong is an exception; its log lines would hold parts of histories
     where = package.folder / chosen.file
+    providers = _providers(onnxruntime, provider)
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=_providers(onnxruntime, provider))
+        session = onnxruntime.InferenceSession(graph, options, providers=providers)
     except Exception as error:
         raise PackageError(f"onnxruntime cannot load the graph ({type(error).__name__})", where=where) from error
+    on_cpu = "CUDAExecutionProvider" not in session.get_providers()
+    if on_cpu and provider == "cuda":  # onnxruntime goes on without a GPU that it cannot use
+        raise InputError("onnxruntime cannot use CUDA here", where="--provider",
+                         next_step="look for the driver and CUDA's libraries, or use --provider cpu")  # fmt: skip
     _check("input", manifest.inputs, session.get_inputs(), where, complete=True)
     _check("output", manifest.outputs, session.get_outputs(), where, complete=False)
     return Engine(session, [spec.name for spec in manifest.outputs], onnxruntime.RunOptions,
-                  on_cpu=not on_gpu(provider))  # fmt: skip
+                  on_cpu=on_cpu)  # fmt: skip
 
 
-def cores() -> int:
-    """Processor cores that this process was given: its affinity, and its cgroup's quota rounded up."""
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Processor cores that this process was given: its affinity, and its cgroup's quota (v2, v1) rounded up."""
     given = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError, IndexError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+        quota, period = (cgroup / "cpu.max").read_text().split()[:2]
         return max(1, min(given, math.ceil(int(quota) / int(period))))
     with contextlib.suppress(OSError, ValueError):
-        quota_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
-        period_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
+        quota_us = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
+        period_us = int((cgroup / "cpu/cpu.cfs_period_us").read_text())
         if quota_us > 0:
             return max(1, min(given, math.ceil(quota_us / period_us)))
     return given

@@ -154,6 +154,24 @@ def test_one_that_stalls_holds_neither_the_loop_nor_the_others_of_its_batch(engi
     run(work())
 
 
+def test_a_second_lane_gathers_for_a_moment_while_the_first_works(engine: FakeEngine) -> None:
+    async def work() -> None:
+        batcher = batcher_of(engine, lanes=2, workers=2, max_wait_s=0.2)
+        engine.gate.clear()
+        tasks = [asyncio.create_task(batcher.infer(rows([1])))]
+        await until(lambda: len(engine.shapes) == 1)
+        for number in (2, 3):  # not in one turn of the loop
+            tasks.append(asyncio.create_task(batcher.infer(rows([number]))))
+            await asyncio.sleep(0.001)
+        await until(lambda: len(engine.shapes) == 2)
+        assert engine.shapes == [(1, 1), (2, 1)]
+        engine.gate.set()
+        await asyncio.gather(*tasks)
+        batcher.close()
+
+    run(work())
+
+
 def test_late_work_is_not_started(engine: FakeEngine) -> None:
     async def work() -> None:
         batcher = batcher_of(engine)

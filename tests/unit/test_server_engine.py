@@ -10,7 +10,7 @@ import pytest
 
 from endcap.errors import InputError, PackageError, VerificationError
 from endcap.package import read_manifest, seal, sign_package
-from serving.server.engine import GraphError, GraphTimeoutError, load_engine, verify
+from serving.server.engine import GraphError, GraphTimeoutError, cores, load_engine, verify
 from serving.server.service import load_service
 from tests.packages import ITEMS, make_package
 
@@ -116,3 +116,46 @@ def test_a_run_that_takes_too_long_is_ended(package: Path) -> None:
     timer.join()
     with pytest.raises(GraphTimeoutError, match="did not get to run"):
         engine.run({"history": np.array([[1]])}, ticket)
+
+
+def test_the_gpu_is_used_only_where_onnxruntime_offers_one(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(InputError, match="offers no CUDA"):
+        load_service(package, public_key(package), provider="cuda")
+    assert load_service(package, public_key(package), provider="auto").engine.on_cpu
+    asked: list[list[str]] = []
+    session = onnxruntime.InferenceSession
+
+    def remember(graph: bytes, options: object, *, providers: list[str]) -> object:
+        asked.append(providers)
+        return session(graph, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", remember)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(InputError, match="cannot use CUDA here"):
+        load_service(package, public_key(package), provider="cuda")
+    for provider in ("auto", "cpu"):
+        assert load_service(package, public_key(package), provider=provider).engine.on_cpu
+    assert asked == [["CUDAExecutionProvider", "CPUExecutionProvider"]] * 2 + [["CPUExecutionProvider"]]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"cpu.max": "150000 100000"}, 2), ({"cpu.max": "max 100000"}, 8), ({}, 8),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)  # fmt: skip
+def test_the_cores_given_are_the_affinitys_and_the_cgroups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], found: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert cores(tmp_path) == found

@@ -1,7 +1,7 @@
 """HTTP/2 with prior knowledge, for unary gRPC calls and nothing else, on an asyncio loop.
 
 Why not grpcio: a unary call through its asyncio server costs 255 microseconds before anything is done, through this
-one 52 (decision 14). RFC 9113 without push, priorities and upgrade from HTTP/1; header compression by the ``hpack``
+one 32 (decision 14). RFC 9113 without push, priorities and upgrade from HTTP/1; header compression by the ``hpack``
 package; checked with h2spec and grpcio's own clients.
 
 What a peer can make a connection hold is bounded: streams at once, bytes of a message and of a header block, frames
@@ -37,6 +37,7 @@ MOST_WINDOW = (1 << 31) - 1
 FIRST_WINDOW = 65_535
 PREFACE_S = 10.0
 LINGER_S = 0.2
+_KNOWN_HEADS = 64
 
 OK, CANCELLED, INVALID, DEADLINE, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 1, 3, 4, 8, 12, 13, 14
 
@@ -105,19 +106,25 @@ _PADS = PADDED | PRIORITIZED
 _HTTP1 = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"upgrade", b"proxy-connection"})
 
 
-class _Stream:
-    __slots__ = ("begun_s", "body", "ended", "grpc", "headers", "length", "out", "path", "task", "trailers", "until_s",
-                 "window")  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A request's header fields, read. ``length``: of the body, -1 where it is not said. ``grpc``: it is gRPC's."""
 
-    def __init__(self, window: int) -> None:
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    timeout_s: float
+    length: int
+    grpc: bool
+
+
+class _Stream:
+    __slots__ = ("begun_s", "body", "ended", "head", "out", "task", "trailers", "window")
+
+    def __init__(self, head: _Head, window: int) -> None:
+        self.head = head
         self.window = window
-        self.path = ""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.until_s = float("inf")
         self.body = bytearray()
         self.begun_s = time.monotonic()
-        self.grpc = True
-        self.length = -1
         self.ended = False
         self.task: asyncio.Task[None] | None = None
         self.out = memoryview(b"")
@@ -146,6 +153,7 @@ class Connection(asyncio.Protocol):
         self._continued = 0
         self._continued_flags = 0
         self._block = b""
+        self._known: dict[bytes, _Head | None] = {}
         self._window = FIRST_WINDOW
         self._first_window = FIRST_WINDOW
         self._unread = 0
@@ -301,10 +309,7 @@ class Connection(asyncio.Protocol):
             self._continued, self._continued_flags, self._block = number, flags, payload
 
     def _request(self, number: int, flags: int, block: bytes) -> None:
-        try:
-            fields = self._decoder.decode(block, raw=True)
-        except Exception as error:  # whatever the decoder makes of such bytes
-            raise _ConnectionFault(COMPRESSION_ERROR, "headers do not decode") from error
+        head = self._head(block)
         stream = self._streams.get(number)
         if stream is not None:  # trailers
             if stream.ended or not flags & END_STREAM:
@@ -319,13 +324,33 @@ class Connection(asyncio.Protocol):
         if len(self._streams) >= self._limits.streams:
             self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", REFUSED_STREAM)))
             return
-        stream = _Stream(self._first_window)
-        if not _read(stream, fields):
+        if head is None:
             self._reset(number, PROTOCOL_ERROR)
             return
+        stream = _Stream(head, self._first_window)
         self._streams[number] = stream
         if flags & END_STREAM:
             self._ended(number, stream)
+
+    def _head(self, block: bytes) -> _Head | None:
+        """What a header block says; None: no request.
+
+        A client's later blocks mostly point into the table that its first ones filled: one byte a field. Such a block
+        changes nothing there, so that it says the same until one of another kind has come.
+        """
+        pointers = bool(block) and min(block) > 0x80 and max(block) < 0xFF
+        if pointers and block in self._known:
+            return self._known[block]
+        try:
+            fields = self._decoder.decode(block, raw=True)
+        except Exception as error:  # whatever the decoder makes of such bytes
+            raise _ConnectionFault(COMPRESSION_ERROR, "headers do not decode") from error
+        head = _read(fields)
+        if not pointers or len(self._known) >= _KNOWN_HEADS:
+            self._known.clear()
+        if pointers:
+            self._known[block] = head
+        return head
 
     def _data(self, flags: int, number: int, payload: bytes) -> None:
         if number == 0 or number > self._last or not number & 1:
@@ -357,9 +382,9 @@ class Connection(asyncio.Protocol):
         stream.ended = True
         self._idle = 0
         body = stream.body
-        if stream.length not in (-1, len(body)):
+        if stream.head.length not in (-1, len(body)):
             self._reset(number, PROTOCOL_ERROR)
-        elif not stream.grpc:
+        elif not stream.head.grpc:
             self._transport.write(frame(HEADERS, END_HEADERS | END_STREAM, number, _STATUS_415))
             self._drop(number, stream, ended=True)
         elif len(body) < 5 or int.from_bytes(body[1:5], "big") != len(body) - 5:
@@ -416,8 +441,9 @@ class Connection(asyncio.Protocol):
     async def _call(self, number: int, stream: _Stream) -> None:
         message = bytes(memoryview(stream.body)[5:])
         stream.body = bytearray()
+        head = stream.head
         try:
-            answer = await self._handler(Request(stream.path, stream.headers, message, stream.until_s))
+            answer = await self._handler(Request(head.path, head.headers, message, stream.begun_s + head.timeout_s))
         except Refused as refused:
             self._refuse(number, stream, refused)
             return
@@ -427,17 +453,17 @@ class Connection(asyncio.Protocol):
         if self._streams.get(number) is not stream:
             return
         size = len(answer)
-        head = frame(HEADERS, END_HEADERS, number, _STATUS_200)
+        begin = frame(HEADERS, END_HEADERS, number, _STATUS_200)
         tail = frame(HEADERS, END_HEADERS | END_STREAM, number, _GOOD_END)
         body = b"\x00" + size.to_bytes(4, "big") + answer
         size += 5
         if size <= FRAME_BYTES and size <= self._window and size <= stream.window:
             self._window -= size
-            self._transport.write(head + frame(DATA, 0, number, body) + tail)
+            self._transport.write(begin + frame(DATA, 0, number, body) + tail)
             del self._streams[number]
             self._ended_all()
             return
-        self._transport.write(head)
+        self._transport.write(begin)
         stream.out, stream.trailers = memoryview(body), tail
         self._blocked += 1
         self._flush()
@@ -538,41 +564,43 @@ def _bare(flags: int, payload: bytes, number: int) -> bytes:
     return payload[start:end]
 
 
-def _read(stream: _Stream, fields: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Read a request's header fields; whether they make one."""
-    method = scheme = content = b""
-    regular = False
+def _read(fields: Iterable[tuple[bytes, bytes]]) -> _Head | None:
+    """A request's header fields; None: they make none."""
+    method = scheme = path = content = b""
+    timeout_s, length = float("inf"), -1
+    headers: list[tuple[bytes, bytes]] = []
     for name, value in fields:
         if name[:1] == b":":
-            if regular:
-                return False
-            if name == b":path" and not stream.path:
-                stream.path = value.decode("latin-1")
+            if headers:
+                return None
+            if name == b":path" and not path:
+                path = value
             elif name == b":method" and not method:
                 method = value
             elif name == b":scheme" and not scheme:
                 scheme = value
             elif name != b":authority":
-                return False
+                return None
             continue
-        regular = True
         if name == b"content-type":
             content = value
         elif name == b"grpc-timeout":
-            stream.until_s = _deadline(value)
+            timeout_s = _seconds(value)
         elif name == b"content-length":
             if not value.isdigit() or len(value) > 12:
-                return False
-            stream.length = int(value)
+                return None
+            length = int(value)
         elif name in _HTTP1 or name != name.lower() or (name == b"te" and value != b"trailers"):
-            return False
-        stream.headers.append((name, value))
-    stream.grpc = method == b"POST" and content.startswith(b"application/grpc")
-    return bool(stream.path and method and scheme)
+            return None
+        headers.append((name, value))
+    if not (path and method and scheme):
+        return None
+    grpc = method == b"POST" and content.startswith(b"application/grpc")
+    return _Head(path.decode("latin-1"), headers, timeout_s, length, grpc)
 
 
-def _deadline(value: bytes) -> float:
-    unit = _UNITS_S.get(value[-1]) if value else None
-    if unit is None or not value[:-1].isdigit() or len(value) > 9:
+def _seconds(timeout: bytes) -> float:
+    unit_s = _UNITS_S.get(timeout[-1]) if timeout else None
+    if unit_s is None or not timeout[:-1].isdigit() or len(timeout) > 9:
         return float("inf")
-    return time.monotonic() + int(value[:-1]) * unit
+    return int(timeout[:-1]) * unit_s

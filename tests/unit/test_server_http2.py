@@ -133,6 +133,16 @@ async def test_a_call_is_answered_with_its_status_in_trailers() -> None:
 
 
 @on_loop
+async def test_headers_that_only_point_into_the_table_are_read_as_it_is_now() -> None:
+    peer = Peer().begin()
+    for number, value in enumerate(["a", "a", "a", "b", "b", "a", "b"]):
+        peer.call(2 * number + 1, b"", ("x-who", value), ("x-step", str(number // 4)))
+        await answered()
+    assert [dict(request.headers)[b"x-who"] for request in peer.requests] == [b"a", b"a", b"a", b"b", b"b", b"a", b"b"]
+    assert [dict(request.headers)[b"x-step"] for request in peer.requests] == [b"0"] * 4 + [b"1"] * 3
+
+
+@on_loop
 async def test_it_comes_byte_by_byte_padded_and_continued() -> None:
     peer = Peer()
     block = peer.block()

@@ -131,6 +131,25 @@ def test_a_run_that_the_gateway_no_longer_waits_for_is_ended(client: AsgiClient)
         assert client.post(RECOMMEND, {"shopper": "1", "history": ["104"]}, headers=headers).status == 200
 
 
+def test_batch_jobs_are_told_429_and_all_when_to_come_again(impatient: AsgiClient) -> None:
+    async def crowd() -> tuple[list[Answer], Answer]:
+        body = {"shopper": "1", "history": [ITEMS[20]]}
+        stalled = [asyncio.create_task(call(impatient.app, "POST", RECOMMEND, body)) for _ in range(2)]
+        await asyncio.sleep(0)
+        batch = await call(impatient.app, "POST", RECOMMEND, body, headers=[(b"x-endcap-priority", b"batch")])
+        return await asyncio.gather(*stalled), batch
+
+    shoppers, batch = impatient.run(crowd())
+    assert [answer.status for answer in shoppers] == [504, 504]
+    assert (batch.status, batch.headers["retry-after"]) == (429, "1")
+
+
+def test_a_client_may_say_itself_how_long_it_waits(client: AsgiClient) -> None:
+    headers = [(b"x-request-deadline-ms", b"40"), (b"x-envoy-expected-rq-timeout-ms", b"60000")]
+    answer = client.post(RECOMMEND, {"shopper": "1", "history": [ITEMS[20]]}, headers=headers)
+    assert (answer.status, answer.json["error"]["what"]) == (504, "no answer from the graph within 0.04 s")
+
+
 def test_open_inference_protocol(client: AsgiClient) -> None:
     assert client.get("/v2").json["name"] == "endcap"
     assert client.get("/v2/models/recommender").json["inputs"][0]["datatype"] == "INT64"

@@ -211,7 +211,10 @@ def _obey(spec: RolloutSpec, state: State, asked: Commanded, now_s: float) -> St
             )  # fmt: skip
         case Command.APPROVE if not turning and asked.step is not None:
             # Not beyond what is next: nobody approves what they have not seen the step before of.
-            return state.with_(approved=max(state.approved, min(asked.step, _next_step(state) + 1)))
+            next_step = _next_step(state)
+            approved = max(state.approved, min(asked.step, next_step + 1))
+            waits = next_step < len(spec.steps) and state.waiting == _for_approval(spec, next_step)
+            return state.with_(approved=approved, waiting=None if waits and approved > next_step else state.waiting)
         case Command.PROMOTE if not turning and state.by_hand is None:
             state = state.with_(by_hand=asked.by)
             return state if state.phase is Phase.GATING else _promote(spec, state, now_s)
@@ -278,8 +281,12 @@ def _blocked(spec: RolloutSpec, state: State, step: int, now_s: float) -> str | 
     if window is not None:
         return str(window)
     if spec.steps[step].approval and state.approved <= step:
-        return f"step {step + 1} ({spec.steps[step].share:.0%}) waits for approval"
+        return _for_approval(spec, step)
     return None
+
+
+def _for_approval(spec: RolloutSpec, step: int) -> str:
+    return f"step {step + 1} ({spec.steps[step].share:.0%}) waits for approval"
 
 
 def _retire(spec: RolloutSpec, state: State, reason: str) -> State:

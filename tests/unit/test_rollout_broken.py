@@ -17,12 +17,13 @@ from endcap.cli.standing import read_standing
 from endcap.errors import BusyError, CapacityError, InputError, OutcomeError, StateError, StorageError
 from endcap.files import FolderLock, read_json_lines
 from serving.rollout.commands import ask
+from serving.rollout.decide import begin, decide
 from serving.rollout.declared import DECLARED_FILE
 from serving.rollout.engine import RolloutResult, run_rollout
-from serving.rollout.events import Command
+from serving.rollout.events import Command, Commanded
 from serving.rollout.freeze import DateFreeze
-from serving.rollout.spec import RolloutSpec
-from serving.rollout.state import Outcome
+from serving.rollout.spec import RolloutSpec, Step
+from serving.rollout.state import Outcome, Phase
 from serving.rollout.store import DECISIONS_FILE, LOOKS_FILE, STATE_FILE
 from tests.simulated import CANARY, OBJECTIVES, SPEC, Behaviour, Killed, SimulatedClock, SimulatedTarget
 
@@ -212,6 +213,17 @@ def test_an_abort_whose_engine_died_on_the_way_back_is_gone_on_with_by_the_next(
 
 
 # ---- what people are told ----
+
+
+def test_what_was_approved_waits_for_approval_no_longer() -> None:
+    spec = replace(SPEC, steps=(Step(0.1, 10, 0, 60), Step(0.5, 10, 0, 60, approval=True), Step(1, 10, 0, 60)))
+    waiting = begin(spec, stable="1", canary="2", now_s=0.0).with_(
+        phase=Phase.OBSERVING, intent=(), waiting="step 2 (50%) waits for approval"
+    )
+    assert decide(spec, waiting, Commanded(Command.APPROVE, "ann", 1, 2), 1.0).waiting is None
+    assert decide(spec, waiting, Commanded(Command.APPROVE, "ann", 1, 1), 1.0).waiting == waiting.waiting
+    frozen = waiting.with_(waiting="frozen until tomorrow")
+    assert decide(spec, frozen, Commanded(Command.APPROVE, "ann", 1, 2), 1.0).waiting == frozen.waiting
 
 
 def test_an_engine_that_sees_nothing_any_more_is_said_to(cut_off: tuple[Path, SimulatedTarget]) -> None:

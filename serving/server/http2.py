@@ -47,6 +47,7 @@ class Limits:
     message_bytes: int
     streams: int = 256
     header_bytes: int = 16_384
+    connections: int = 4096
     idle_frames: int = 10_000
     """Frames without a request among them that a peer may send before it is told to calm down."""
 
@@ -168,6 +169,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if len(self._all) >= self._limits.connections:
+            self._give_up()
+            self._transport.abort()
+            return
         self._all.add(self)
         self._waiting_s = self._loop.call_later(PREFACE_S, self._too_late)
         window = max(FIRST_WINDOW, self._limits.message_bytes + 1024)

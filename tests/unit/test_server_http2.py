@@ -284,6 +284,15 @@ async def test_streams_beyond_the_limit_and_requests_that_never_end_are_refused(
 
 
 @on_loop
+async def test_connections_beyond_the_limit_are_closed() -> None:
+    peer = Peer(connections=0)
+    assert peer.transport.closed
+    peer.send(OPEN)
+    peer.connection.connection_lost(None)
+    assert (peer.transport.sent, peer.open) == (b"", set())
+
+
+@on_loop
 async def test_a_peer_that_does_not_read_is_not_read() -> None:
     peer = Peer().begin()
     peer.connection.pause_writing()

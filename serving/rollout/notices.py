@@ -156,8 +156,13 @@ def notice_of(before: Told | None, now: Told) -> Notice | None:
         does, following = _ENDINGS[now.outcome]
         return tell(now.outcome.value, now.outcome.value, does, now.reason, following.format(stable=now.stable))
     if before is not None and now.step < before.step:
-        return tell("hold", f"compared again {now.seq}", f"goes back to {_percent(now.share)}", now.reason,
-                    "beside the old version the evidence decides again; endcap rollout abort decides by hand")
+        return tell(
+            "hold",
+            f"compared again {now.seq}",
+            f"goes back to {_percent(now.share)}",
+            now.reason,
+            "beside the old version the evidence decides again; endcap rollout abort decides by hand",
+        )
     if now.phase is Phase.HOLDING and (before is None or before.phase is not Phase.HOLDING):
         return tell("hold", f"hold {now.step}", f"holds at {_percent(now.share)}", now.reason,
                     "more evidence may still decide; endcap rollout promote or abort decides by hand; "

@@ -78,6 +78,9 @@ _TROUBLE_DEVIATIONS = 3.0
 """Control is in trouble when its recent bad events exceed their mean by so many times the mean's root: four standard
 deviations of an exponentially weighted count, and where next to none is due a second bad event. Trouble that is none
 costs canary's goal a few looks; an outage that is not noticed fails it."""
+_TROUBLE_AT_ONCE = 1.0
+"""The same of one look alone, with this many events more. An outage's first look is lost in the good ones before it,
+and a bet that was put in lately needs no second one."""
 
 _LEAST_CONTROL = 0.5
 """Control with fewer events than this for one of canary's (and any at all) is too thin to notice an outage in time."""
@@ -278,7 +281,7 @@ class Kernel:
     "no better than control" (0 unless an objective is ``primary``).
 
     **Shared outages.** Control in trouble out of the ordinary vetoes the goal's bets of a look: when its bad events of
-    about ten looks, this one's among them, exceed by far what the greater of
+    this look, or of about ten with this one among them, exceed by far what the greater of
     the goal's bad share and control's own over about ten minutes explains. Control's events of the look may
     decide this, since given both versions' shares of the look canary's are independent of them, and
     the goal's bets depend on nothing else. So both versions at 20 % errors for two minutes cost canary nothing, and
@@ -383,17 +386,22 @@ class Kernel:
         state.recent_bad += bad
         state.recent_total *= self._recent_keep
         state.recent_total += total
-        explained = np.maximum(state.usual_share, self.bad_goals)
-        explained *= state.recent_total
+        due = np.maximum(state.usual_share, self.bad_goals)
+        explained = due * state.recent_total
         spread = np.sqrt(explained)
         spread *= self._trouble_deviations
         explained += spread
+        due *= total
+        at_once = np.sqrt(due)
+        at_once *= self._trouble_deviations
+        at_once += due
+        at_once += _TROUBLE_AT_ONCE
         change = bad - total * state.usual_share
         change /= self._long_in_recent * state.recent_total + self._none
         state.usual_share += change
         lacking = state.recent_canary * self._least_control
         vouched = (state.recent_total >= lacking) | (state.recent_total == 0)
-        return np.asarray((state.recent_bad <= explained) & vouched)
+        return np.asarray((state.recent_bad <= explained) & (bad <= at_once) & vouched)
 
     def failed(self, state: State, alpha: float) -> Bools:
         """[..., objectives]: which are shown to be bad, at ``alpha`` shared over all of them."""

@@ -76,6 +76,17 @@ def test_an_outage_under_all_the_traffic_is_compared_again_and_ends_in_a_promoti
     assert judged_alike(done, spec)
 
 
+def test_the_first_look_of_an_outage_of_both_versions_costs_canary_nothing() -> None:
+    # One look with 30 % late of a hundred answers is enough for a bet put in lately, unless control's is seen too.
+    goals = (0.999, 0.98, 0.05)
+    judged = tuple(replace(o, goal=goal) for o, goal in zip(OBJECTIVES.objectives, goals, strict=True))
+    spec = replace(SPEC, alpha=0.01, steps=(Step(0.5, 10**9, 300, 400), SPEC.steps[-1]))
+    good = {"availability": 0.9995, "latency": 0.99, "click-through": 0.1}
+    traffic = replace(PLAIN, good=good, outage=Outage(duration_s=20, latest_s=150))
+    objectives = replace(OBJECTIVES, objectives=judged)
+    assert simulate(objectives, spec, traffic, runs=100, seed=1, horizon_s=180).share("rolled_back") <= 0.01
+
+
 def test_who_misses_a_goal_three_times_under_all_the_traffic_is_held() -> None:
     spec = replace(SPEC, steps=(*SPEC.steps[:2], Step(1.0, 100, 90, 300)))
     good = {**GOOD, "availability": 0.98}

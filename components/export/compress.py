@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +40,8 @@ def compress_graph(path: Path, destination: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # type: ignore[import-untyped]
 
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with _quiet_root(), tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch) / "int8.onnx"
             quantize_dynamic(path, made, op_types_to_quantize=["MatMul", "Gather"], per_channel=True,
                              weight_type=QuantType.QInt8)  # fmt: skip
@@ -49,6 +50,18 @@ def compress_graph(path: Path, destination: Path) -> None:
         raise from_os_error(error, doing="compressing the graph") from error
     except (ValueError, RuntimeError, TypeError) as error:
         raise PackageError(f"the graph cannot be quantised ({str(error).splitlines()[0]})", where=path) from error
+
+
+@contextmanager
+def _quiet_root() -> Iterator[None]:
+    """ONNX Runtime's quantiser warns on the root logger of what it is asked for here on purpose."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def measure_compression(float32: Ranked, int8: Ranked, *, float32_file: Path, int8_file: Path, seed: int

@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training bench-rollout clean
+.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training bench-rollout bench-serving soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,13 @@ bench-training: setup ## train to convergence on Beauty beside RecBole's SASRec 
 
 bench-rollout: setup ## false rollbacks, detection and cost of rollouts by evidence, 10,000 simulated runs each
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rollout
+
+bench-serving: setup ## the model server beside KServe's, MLServer and onnxruntime itself (about 20 minutes; needs Go)
+	@$(BIN)/python -m benchmarks.serving $(if $(ONLY),--only $(ONLY))
+
+SECONDS ?= 1800
+soak: setup ## memory slope and latency drift of a model server over half an hour (SECONDS=..; needs Go)
+	@$(BIN)/python -m benchmarks.serving --soak-s $(SECONDS)
 
 clean: ## remove what the runs left (keeps the environment)
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

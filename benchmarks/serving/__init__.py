@@ -1,0 +1,1 @@
+"""The model server beside KServe's, MLServer and onnxruntime itself: see ``__main__``."""

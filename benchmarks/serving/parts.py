@@ -1,0 +1,214 @@
+"""The parts of the benchmark: each returns its keys of ``serving.json``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.serving.client import GRPC_METHOD, Client, grpc_body, http_body, write_bodies
+from benchmarks.serving.figures import spread
+from benchmarks.serving.packages import Made, encoder_package, inputs_of, sasrec_package
+from benchmarks.serving.servers import ENDCAP, KSERVE, MLSERVER, Running, memory_mb, serve
+from endcap.errors import OutcomeError
+
+__all__ = ["PARTS", "Bench", "Part"]
+
+Part = dict[str, Any]
+_SERVERS = (ENDCAP, KSERVE, MLSERVER)
+_REQUESTS = 512
+"""Different ones, sent in turn."""
+_CONNECTIONS = 32
+_P99_CONNECTIONS = 128
+_BATCH = 32
+_OVERLOAD_CONNECTIONS = 512
+_IN_TIME_MS = 1000.0
+"""An answer under overload that comes later is no good one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the parts share. ``seconds``: of one measurement; ``repeats``: how often each is made, servers in turn."""
+
+    folder: Path
+    client: Client
+    core: str
+    mlserver_python: Callable[[], Path]
+    seconds: float
+    repeats: int
+    overload_s: float
+    seed: int
+    say: Callable[[str], None]
+
+    def sasrec(self) -> Made:
+        return sasrec_package(self.folder, seed=self.seed)
+
+    def heavy(self) -> Made:
+        return encoder_package(self.folder, seed=self.seed)
+
+    def bodies(self, made: Made, *, grpc: bool = False) -> Path:
+        requests = inputs_of(made.name, _REQUESTS, seed=self.seed)
+        made_bodies = [grpc_body(made.name, one) if grpc else http_body(one) for one in requests]
+        return write_bodies(self.folder / f"{made.name}-{'grpc' if grpc else 'http'}.json", made_bodies)
+
+    def serve(self, name: str, made: Made, *more: str) -> Any:
+        python = self.mlserver_python() if name == MLSERVER else None
+        return serve(name, made, self.folder, core=self.core, mlserver_python=python, more=more)
+
+    def closed(self, running: Running, bodies: Path, *, grpc: bool = False, connections: int = _CONNECTIONS,
+               warm: float = 0.5) -> float:  # fmt: skip
+        """Good answers a second of a server that is never idle.
+
+        Raises:
+            OutcomeError: a request failed: a rate of errors means nothing.
+        """
+        found = self.client.load(
+            running.grpc if grpc else running.http, GRPC_METHOD if grpc else running.infer_path, bodies,
+            connections=connections, seconds=self.seconds, warm=warm, protocol="grpc" if grpc else "http",
+        )  # fmt: skip
+        if found["failures"] or set(found["statuses"]) - {"200", "1000"}:
+            raise OutcomeError(f"{running.name} failed: {found.get('failure', '')} {found['statuses']}",
+                               where=running.log)  # fmt: skip
+        if found["client_cpu_s"] > 0.8 * (self.seconds + warm):
+            self.say(f"the client used {found['client_cpu_s']:.1f} s of processor time: it may be the limit")
+        return float(found["good_rps"])
+
+
+def one_row_http(bench: Bench) -> Part:
+    """Requests a second of each server, then the latencies where the slower peer is at its limit."""
+    made = bench.sasrec()
+    bodies = bench.bodies(made)
+    part = _compared(bench, made, bodies, grpc=False)
+    rate = min(part["kserve_rps"], part["mlserver_rps"])
+    p99: dict[str, list[float]] = {name: [] for name in _SERVERS}
+    for _ in range(bench.repeats):
+        for name in _SERVERS:
+            with bench.serve(name, made) as running:
+                found = bench.client.load(running.http, running.infer_path, bodies, connections=_P99_CONNECTIONS,
+                                          seconds=bench.seconds, rate=rate, warm=1.0)  # fmt: skip
+                p99[name].append(found["answered"]["p99_ms"])
+                bench.say(f"{name}: p99 {p99[name][-1]:.1f} ms at {rate:.0f}/s")
+    medians = {name: statistics.median(found) for name, found in p99.items()}
+    return {"one_row_http": {**part, "p99_ms": medians, "p99_rate": rate, "p99_all": p99}}
+
+
+def one_row_grpc(bench: Bench) -> Part:
+    made = bench.sasrec()
+    return {"one_row_grpc": _compared(bench, made, bench.bodies(made, grpc=True), grpc=True)}
+
+
+def _compared(bench: Bench, made: Made, bodies: Path, *, grpc: bool) -> Part:
+    rates: dict[str, list[float]] = {name: [] for name in _SERVERS}
+    for _ in range(bench.repeats):
+        for name in _SERVERS:
+            with bench.serve(name, made) as running:
+                rates[name].append(bench.closed(running, bodies, grpc=grpc))
+                bench.say(f"{name}: {rates[name][-1]:.0f} requests/s by {'gRPC' if grpc else 'HTTP'}")
+    part: Part = {f"{name}_rps": statistics.median(found) for name, found in rates.items()}
+    return {**part, "spread": {name: spread(found) for name, found in rates.items()}, "connections": _CONNECTIONS}
+
+
+def start(bench: Bench) -> Part:
+    """How soon a server is ready, its package verified, and what it holds in memory after answering."""
+    made = bench.sasrec()
+    bodies = bench.bodies(made)
+    ready, memory = [], []
+    for _ in range(bench.repeats):
+        with bench.serve(ENDCAP, made) as running:
+            ready.append(running.ready_s)
+            bench.closed(running, bodies)
+            memory.append(memory_mb(running.process))
+    bench.say(f"ready after {statistics.median(ready):.2f} s, {statistics.median(memory):.0f} MB")
+    return {"ready_s": statistics.median(ready), "rss_mb": statistics.median(memory),
+            "start": {"ready_s": spread(ready), "rss_mb": spread(memory)}}  # fmt: skip
+
+
+def heavy(bench: Bench) -> Part:
+    """Rows a second of the heavy model over HTTP beside the same graph in batches without a server, in turn."""
+    made = bench.heavy()
+    bodies = bench.bodies(made)
+    served, alone = [], []
+    for _ in range(bench.repeats):
+        alone.append(_in_process(bench, made))
+        with bench.serve(ENDCAP, made) as running:
+            served.append(bench.closed(running, bodies, connections=64, warm=1.0))
+        bench.say(f"heavy: {served[-1]:.0f} rows/s over HTTP, {alone[-1]:.0f} without a server")
+    shares = [one / other for one, other in zip(served, alone, strict=True)]
+    return {"heavy_share_of_ort": statistics.median(shares),
+            "heavy": {"served_rps": spread(served), "ort_rps": spread(alone), "share": spread(shares),
+                      "ort_batch": _BATCH, "weights": "drawn from a seed, in all-MiniLM-L6-v2's shape"}}  # fmt: skip
+
+
+def _in_process(bench: Bench, made: Made) -> float:
+    argv = ["taskset", "-c", bench.core, sys.executable, "-m", "benchmarks.serving.inprocess", "--graph",
+            str(made.graph), "--name", made.name, "--count", str(_REQUESTS), "--seed", str(bench.seed),
+            "--batch", str(_BATCH), "--seconds", str(bench.seconds)]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OutcomeError(f"onnxruntime alone failed: {done.stderr.strip()[-300:]}")
+    return float(json.loads(done.stdout)["rows_per_s"])
+
+
+def cache(bench: Bench) -> Part:
+    """The heavy model's rate with every answer kept, by its own without."""
+    made = bench.heavy()
+    bodies = bench.bodies(made)
+    without, kept = [], []
+    for _ in range(bench.repeats):
+        with bench.serve(ENDCAP, made) as running:
+            without.append(bench.closed(running, bodies, connections=64))
+        with bench.serve(ENDCAP, made, "--cache", "memory:10000", "--cache-ttl-s", "3600") as running:
+            _ask_each_once(running, made, bench.seed)
+            kept.append(bench.closed(running, bodies))
+        bench.say(f"heavy: {without[-1]:.0f} rows/s, {kept[-1]:.0f} with every answer kept")
+    ratios = [one / other for one, other in zip(kept, without, strict=True)]
+    return {"cache_ratio": statistics.median(ratios),
+            "cache": {"kept_rps": spread(kept), "without_rps": spread(without), "ratio": spread(ratios)}}  # fmt: skip
+
+
+def _ask_each_once(running: Running, made: Made, seed: int) -> None:
+    with httpx.Client(timeout=10.0, trust_env=False) as client:
+        for one in inputs_of(made.name, _REQUESTS, seed=seed):
+            client.post(f"http://{running.http}{running.infer_path}", content=http_body(one)).raise_for_status()
+
+
+def overload(bench: Bench) -> Part:
+    """The heavy model offered three times its saturation rate."""
+    made = bench.heavy()
+    bodies = bench.bodies(made)
+    with bench.serve(ENDCAP, made) as running:
+        peak = statistics.median(bench.closed(running, bodies, connections=64) for _ in range(bench.repeats))
+        before = memory_mb(running.process)
+        found = bench.client.load(running.http, running.infer_path, bodies, connections=_OVERLOAD_CONNECTIONS,
+                                  seconds=bench.overload_s, rate=3 * peak, warm=1.0,
+                                  in_time_ms=_IN_TIME_MS)  # fmt: skip
+        running.check_alive()
+        after = memory_mb(running.process)
+        later = bench.closed(running, bodies, connections=64)
+    share = found["good_rps"] / peak
+    bench.say(f"overload: {found['good_rps']:.0f} good answers/s of {peak:.0f}, {found['statuses']}, refusals' p99 "
+              f"{found['refused']['p99_ms']:.0f} ms, memory {before:.0f} to {after:.0f} MB")  # fmt: skip
+    return {
+        "overload_goodput_share": share,
+        "overload": {
+            "peak_rps": peak, "offered_rps": 3 * peak, "seconds": bench.overload_s, "good_rps": found["good_rps"],
+            "in_time_ms": _IN_TIME_MS, "late": found["late"], "refused_p99_ms": found["refused"]["p99_ms"],
+            "answered_p99_ms": found["answered"]["p99_ms"], "statuses": found["statuses"],
+            "failures": found["failures"], "rss_before_mb": before, "rss_after_mb": after, "rps_after": later,
+            "good_each_second": found["good_each_second"],
+        },
+    }  # fmt: skip
+
+
+PARTS: Mapping[str, Callable[[Bench], Part]] = {
+    "one_row_http": one_row_http, "start": start, "cache": cache, "overload": overload, "one_row_grpc": one_row_grpc,
+    "heavy": heavy,
+}  # fmt: skip
+"""What can be measured, in this order."""

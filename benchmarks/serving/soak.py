@@ -1,0 +1,74 @@
+"""A long even load on one server: does its memory grow, do its latencies drift?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.serving.figures import slope_per_hour
+from benchmarks.serving.parts import Bench
+from benchmarks.serving.servers import ENDCAP, memory_mb
+
+__all__ = ["judge", "soak"]
+
+_RATE = 200.0
+_WINDOW_S = 10.0
+_SETTLING_SHARE = 0.1
+"""The first tenth: arenas and caches fill."""
+_MOST_MB_PER_HOUR = 10.0
+_MOST_DRIFT = 0.5
+_LEAST_WINDOWS = 6
+
+
+def soak(bench: Bench, seconds: float) -> dict[str, Any]:
+    """200 one-row requests a second for ``seconds``, looked at in windows of 10 s.
+
+    Raises:
+        OutcomeError: the server ended.
+    """
+    made = bench.sasrec()
+    bodies = bench.bodies(made)
+    at_s: list[float] = []
+    memory: list[float] = []
+    p50: list[float] = []
+    p99: list[float] = []
+    failed = 0
+    with bench.serve(ENDCAP, made) as running:
+        begun_s = time.monotonic()
+        while time.monotonic() - begun_s < seconds:
+            window = min(_WINDOW_S, max(1.0, seconds / (2 * _LEAST_WINDOWS)))
+            found = bench.client.load(running.http, running.infer_path, bodies, connections=32, seconds=window,
+                                      rate=_RATE, warm=0.0)  # fmt: skip
+            running.check_alive()
+            failed += found["due"] - found["answered"]["count"]
+            at_s.append(time.monotonic() - begun_s)
+            memory.append(memory_mb(running.process))
+            p50.append(found["answered"]["p50_ms"])
+            p99.append(found["answered"]["p99_ms"])
+            if len(at_s) % 6 == 0:
+                bench.say(f"{at_s[-1]:.0f} s: {memory[-1]:.1f} MB, p50 {p50[-1]:.2f} ms, p99 {p99[-1]:.2f} ms")
+    return {**judge(at_s, memory, p50, failed), "seconds": seconds, "rate": _RATE, "at_s": at_s, "rss_mb": memory,
+            "p50_ms": p50, "p99_ms": p99}  # fmt: skip
+
+
+def judge(at_s: Sequence[float], memory_mb: Sequence[float], p50_ms: Sequence[float], failed: int) -> dict[str, Any]:
+    """Slopes of all but the first tenth, and the verdict: ``inconclusive`` where there are too few windows.
+
+    Memory may grow by 10 MB an hour or, over a short soak, by 1 MB in all; the median latency by half of itself.
+    """
+    skipped = int(len(at_s) * _SETTLING_SHARE)
+    times, sizes, middles = at_s[skipped:], memory_mb[skipped:], p50_ms[skipped:]
+    grows, drifts = slope_per_hour(times, sizes), slope_per_hour(times, middles)
+    span_h = (times[-1] - times[0]) / 3600 if times else 0.0
+    grown, drift = grows * span_h, drifts * span_h / middles[0] if middles and middles[0] > 0 else 0.0
+    why = (
+        f"memory {grows:+.1f} MB an hour ({grown:+.1f} MB in {span_h * 60:.0f} min), "
+        f"median latency {drift:+.0%} over it, {failed} requests without a good answer"
+    )
+    verdict = "pass"
+    if failed or (grows > _MOST_MB_PER_HOUR and grown > 1.0) or drift > _MOST_DRIFT:
+        verdict = "fail"
+    elif len(times) < _LEAST_WINDOWS:
+        verdict = "inconclusive"
+    return {"verdict": verdict, "why": why, "memory_mb_per_hour": grows, "latency_drift": drift, "failed": failed}

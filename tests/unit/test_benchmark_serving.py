@@ -74,6 +74,8 @@ def test_a_soak_is_judged_by_growth_drift_and_failures() -> None:
     assert judge(at_s, even, [1.0 + minute / 20 for minute in range(30)], 0)["verdict"] == "fail"
     assert judge(at_s, even, quick, 1)["verdict"] == "fail"
     assert judge(at_s[:3], even[:3], quick[:3], 0)["verdict"] == "inconclusive"
+    growing = [150.0 + second for second in range(30)]
+    assert judge([float(second) for second in range(30)], growing, quick, 0)["verdict"] == "inconclusive"
     assert judge([], [], [], 0)["verdict"] == "inconclusive"
 
 

@@ -38,6 +38,9 @@ type latencies struct {
 	Max   float64 `json:"max_ms"`
 }
 
+// Turned away at once: HTTP's 429 and 503, gRPC's RESOURCE_EXHAUSTED and UNAVAILABLE. A 504 is a request that ran late.
+var refusals = map[int]bool{429: true, 503: true, 1008: true, 1014: true}
+
 type result struct {
 	Seconds   float64        `json:"seconds"`
 	Due       int            `json:"due"`
@@ -160,7 +163,7 @@ func summarise(found [][]record, seconds, inTime float64) result {
 			// Rates are of what was answered in the time, whenever it was due; latencies of what was due in it.
 			ms := float64(one.took) / float64(time.Millisecond)
 			if one.status != 200 && one.status != 1000 {
-				if one.at >= 0 {
+				if one.at >= 0 && refusals[one.status] {
 					refused = append(refused, ms)
 				}
 				continue

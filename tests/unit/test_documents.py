@@ -18,7 +18,7 @@ SPEC = 'service: shop, candidate: "models:/shop/2"'
     [
         (f"{{{SPEC}, stepz: []}}", "spec.stepz: unknown field"),
         (f"{{{SPEC}, alpha: 2}}", "spec.alpha: Input should be less than 0.5"),
-        (f"{{{SPEC}, steps: [{{share: 0}}, {{share: 1}}]}}", 
+        (f"{{{SPEC}, steps: [{{share: 0}}, {{share: 1}}]}}",
          "spec.steps.0.share: Input should be greater than or equal to 0.0001"),
         (f"{{{SPEC}, steps: []}}", "spec.steps: Tuple should have at least 1 item after validation, not 0"),
         (f"{{{SPEC}, steps: [{{share: 0.5}}]}}", "spec: steps: the last share must be 1"),

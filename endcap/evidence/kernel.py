@@ -74,13 +74,13 @@ _GREATEST_LOG = 300.0
 _RECENT_LOOKS, _LONG_LOOKS = 10.0, 600.0
 """Looks over which control's trouble, and its usual share, are taken (exponentially weighted)."""
 _RECENT_KEEP, _LONG_IN_RECENT = 1 - 1 / _RECENT_LOOKS, _LONG_LOOKS / _RECENT_LOOKS
-_TROUBLE_DEVIATIONS = 3.0
-"""Control is in trouble when its recent bad events exceed their mean by so many times the mean's root: four standard
-deviations of an exponentially weighted count, and where next to none is due a second bad event. Trouble that is none
-costs canary's goal a few looks; an outage that is not noticed fails it."""
-_TROUBLE_AT_ONCE = 1.0
-"""The same of one look alone, with this many events more. An outage's first look is lost in the good ones before it,
-and a bet that was put in lately needs no second one."""
+_TROUBLE_EVENTS, _USUAL_DEVIATIONS = 2.0, 1.5
+"""Control is in trouble when its recent bad events exceed those that its goal allows by two, and those that are usual
+by one and a half times their root: early, so that an outage that comes and goes about this line is seen to be one.
+Trouble that is none costs canary's goal a few looks; an outage that is not noticed fails it."""
+_AT_ONCE_DEVIATIONS, _AT_ONCE_EVENTS = 3.0, 1.0
+"""So too of one look alone: by three times the due events' root, and one more. An outage's first look is lost in the
+good ones before it, and a bet that was put in lately needs no second one."""
 
 _LEAST_CONTROL = 0.5
 """Control with fewer events than this for one of canary's (and any at all) is too thin to notice an outage in time."""
@@ -311,7 +311,8 @@ class Kernel:
 
         self._prior_events, self._greatest_look, self._none = each(_PRIOR_EVENTS), each(_GREATEST_LOOK), each(_NONE)
         self._recent_keep, self._long_in_recent = each(_RECENT_KEEP), each(_LONG_IN_RECENT)
-        self._trouble_deviations = each(_TROUBLE_DEVIATIONS)
+        self._usual_deviations = each(_USUAL_DEVIATIONS)
+        self._at_once_deviations = each(_AT_ONCE_DEVIATIONS)
         self._least_control = each(_LEAST_CONTROL)
         self._greatest_log = np.full((len(objectives), len(columns[0])), _GREATEST_LOG)
         ordered = columns[0]
@@ -387,15 +388,18 @@ class Kernel:
         state.recent_total *= self._recent_keep
         state.recent_total += total
         due = np.maximum(state.usual_share, self.bad_goals)
-        explained = due * state.recent_total
-        spread = np.sqrt(explained)
-        spread *= self._trouble_deviations
-        explained += spread
+        usual = state.usual_share * state.recent_total
+        spread = np.sqrt(usual)
+        spread *= self._usual_deviations
+        usual += spread
+        explained = self.bad_goals * state.recent_total
+        explained += _TROUBLE_EVENTS
+        np.maximum(explained, usual, out=explained)
         due *= total
         at_once = np.sqrt(due)
-        at_once *= self._trouble_deviations
+        at_once *= self._at_once_deviations
         at_once += due
-        at_once += _TROUBLE_AT_ONCE
+        at_once += _AT_ONCE_EVENTS
         change = bad - total * state.usual_share
         change /= self._long_in_recent * state.recent_total + self._none
         state.usual_share += change

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import ending
 from benchmarks.rollout import parts
 from benchmarks.rollout.scenarios import settings
 from benchmarks.rollout.table import shortfalls, table
-from endcap.errors import EndcapError, InputError, OutcomeError
+from endcap.errors import InputError, OutcomeError
 from endcap.files import FolderLock, read_json, write_atomic, write_json
 
 __all__ = ["PARTS", "bench", "main"]
@@ -25,16 +26,11 @@ SEED = 20_261_122
 
 
 def main() -> None:
-    try:
+    with ending():
         given = _arguments()
         wrong = bench(given.out, given.only, runs=given.runs, seed=given.seed)
         if wrong:
             raise OutcomeError("; ".join(wrong), where=given.out)
-    except EndcapError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _arguments() -> argparse.Namespace:

@@ -36,6 +36,7 @@ from typing import Any
 
 import orjson
 
+from benchmarks.command import ending
 from benchmarks.rollout.local_figures import (
     Failures,
     failing_objectives,
@@ -380,17 +381,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=RATE_RPS, help=f"requests a second ({RATE_RPS:g})")
     parser.add_argument("--seed", type=int, default=SEED, help=f"everything drawn follows from it ({SEED})")
     given = parser.parse_args()
-    try:
+    with ending():
         result = local_rollouts(given.out, rollouts=given.rollouts, rate_rps=given.rate, seed=given.seed, say=_say)
         sys.stdout.write(f"{result.right} of {result.rollouts} right, {result.failed_requests} of {result.requests:,} "
                          f"requests failed; results: {given.out / _FILE}\n")  # fmt: skip
         if result.right < result.rollouts or result.failed_requests:
             raise OutcomeError("not as it must be", where=given.out / _FILE)
-    except EndcapError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _say(text: str) -> None:

@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import ending
 from benchmarks.environment import opponent_python
 from benchmarks.serving.client import Client, build_client, cores
 from benchmarks.serving.figures import shortfalls, table
 from benchmarks.serving.parts import PARTS, Bench
 from benchmarks.serving.soak import soak
-from endcap.errors import EndcapError, InputError, OutcomeError
+from endcap.errors import InputError, OutcomeError
 from endcap.files import FolderLock, read_json, write_atomic, write_json
 
 SEED = 20_261_122
@@ -25,16 +26,11 @@ _ROOT = Path(__file__).parents[2]
 
 
 def main() -> None:
-    try:
+    with ending():
         given = _arguments()
         wrong = _soak(given) if given.soak_s else _bench(given, given.only)
         if wrong:
             raise OutcomeError("; ".join(wrong), where=given.out)
-    except EndcapError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _arguments() -> argparse.Namespace:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.command import ending
 from benchmarks.training.environment import recbole_python
 from benchmarks.training.verdict import Final, Point, compare, draw, table
 from components.data.fetch import Source, obtain
@@ -25,13 +26,8 @@ WANTED_RATIO = 3.0
 
 
 def main() -> None:
-    try:
+    with ending():
         _bench(_arguments())
-    except EndcapError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _arguments() -> argparse.Namespace:

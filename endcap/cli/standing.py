@@ -13,7 +13,7 @@ from typing import Any
 from endcap.cli.console import Page
 from endcap.errors import StateError
 from serving.rollout.audit import share_now
-from serving.rollout.commands import engine_runs, next_step, open_rollout, step_waiting
+from serving.rollout.commands import engine_runs, open_rollout, step_waiting
 from serving.rollout.declared import Declared, read_declared
 from serving.rollout.state import Outcome, Phase, State
 from serving.rollout.store import DECISIONS_FILE, STATE_FILE
@@ -160,7 +160,7 @@ class Standing:
         return {
             "rollout": spec.name, "service": spec.service, "from": state.stable, "to": state.canary,
             "phase": state.phase, "step": state.step + 1, "steps": len(spec.steps), "share": self.share,
-            "next_step": None if state.ended else next_step(state), "outcome": state.outcome,
+            "next_step": None if state.ended else state.next_step + 1, "outcome": state.outcome,
             "verdict": None if self.line is None else self.line.get("verdict"), "reason": state.reason,
             "waiting": state.waiting, "waits_for_approval": self.approval, "paused": state.paused_at_s is not None,
             "started_at_s": state.started_at_s, "ended_at_s": state.ended_at_s, "looked_at_s": self.looked_at_s,

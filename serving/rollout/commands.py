@@ -14,10 +14,10 @@ from endcap.errors import BusyError, InputError, StateError
 from endcap.files import FolderLock, JsonLines
 from serving.rollout.events import Command, Commanded
 from serving.rollout.spec import RolloutSpec
-from serving.rollout.state import Outcome, Phase, State
+from serving.rollout.state import Outcome, State
 from serving.rollout.store import COMMANDS_FILE, DECISIONS_FILE, load_state, read_commands
 
-__all__ = ["MAX_NAME", "ask", "engine_process", "engine_runs", "next_step", "open_rollout", "step_waiting"]
+__all__ = ["MAX_NAME", "ask", "engine_process", "engine_runs", "open_rollout", "step_waiting"]
 
 MAX_NAME = 200
 _LOCK = ".commands.lock"
@@ -90,18 +90,13 @@ def engine_process(folder: Path) -> str:
     return FolderLock(folder).holder
 
 
-def next_step(state: State) -> int:
-    """The step, from 1, that is next."""
-    return 1 if state.phase in (Phase.GATING, Phase.PENDING, Phase.SHADOWING) else state.step + 2
-
-
 def step_waiting(spec: RolloutSpec, state: State) -> int | None:
     """The step, from 1, that could begin and waits for a person's approval; None where none does.
 
     None too while the rollout is paused, or before the step is due: nobody approves what they have not seen the step
     before of, and an approval given twice then approves no later step.
     """
-    step = next_step(state)
+    step = state.next_step + 1
     due = state.waiting is not None and state.paused_at_s is None and state.outcome is None and step <= len(spec.steps)
     return step if due and spec.steps[step - 1].approval and state.approved < step else None
 

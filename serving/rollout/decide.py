@@ -26,7 +26,6 @@ __all__ = ["COMPARISONS", "begin", "decide", "shares_of"]
 
 COMPARISONS = 2
 """How often a rollout goes back from all the traffic to compare again: outages end, a broken version does not."""
-_BEFORE_TRAFFIC = (Phase.GATING, Phase.PENDING, Phase.SHADOWING)
 
 
 def begin(spec: RolloutSpec, *, stable: str, canary: str, now_s: float) -> State:
@@ -211,10 +210,10 @@ def _obey(spec: RolloutSpec, state: State, asked: Commanded, now_s: float) -> St
             )  # fmt: skip
         case Command.APPROVE if not turning and asked.step is not None:
             # Not beyond what is next: nobody approves what they have not seen the step before of.
-            next_step = _next_step(state)
-            approved = max(state.approved, min(asked.step, next_step + 1))
-            waits = next_step < len(spec.steps) and state.waiting == _for_approval(spec, next_step)
-            return state.with_(approved=approved, waiting=None if waits and approved > next_step else state.waiting)
+            following = state.next_step
+            approved = max(state.approved, min(asked.step, following + 1))
+            waits = following < len(spec.steps) and state.waiting == _for_approval(spec, following)
+            return state.with_(approved=approved, waiting=None if waits and approved > following else state.waiting)
         case Command.PROMOTE if not turning and state.by_hand is None:
             state = state.with_(by_hand=asked.by)
             return state if state.phase is Phase.GATING else _promote(spec, state, now_s)
@@ -224,13 +223,9 @@ def _obey(spec: RolloutSpec, state: State, asked: Commanded, now_s: float) -> St
 
 def _promote(spec: RolloutSpec, state: State, now_s: float) -> State:
     last = len(spec.steps) - 1
-    if state.phase not in _BEFORE_TRAFFIC and state.step == last:
+    if not state.before_traffic and state.step == last:
         return state
     return _grow(spec, state, last, now_s)
-
-
-def _next_step(state: State) -> int:
-    return 0 if state.phase in _BEFORE_TRAFFIC else state.step + 1
 
 
 # ---- the ways on and back ----------------------------------------------------------------------------
@@ -238,7 +233,7 @@ def _next_step(state: State) -> int:
 
 def _grow(spec: RolloutSpec, state: State, step: int, now_s: float) -> State:
     blocked = _blocked(spec, state, step, now_s)
-    if blocked is not None and state.phase in _BEFORE_TRAFFIC:
+    if blocked is not None and state.before_traffic:
         ending: tuple[Action, ...] = (SetShadow(None),) if state.phase is Phase.SHADOWING else ()
         return state.with_(phase=Phase.PENDING, intent=ending, waiting=blocked)
     if blocked is not None:

@@ -391,11 +391,11 @@ class _Sight:
 
     def judge(self, state: State, look: Look, trouble: str | None) -> Looked:
         """The event that the looks so far make; ``look`` is the last one."""
-        received, evidence = self.received, self.evidence
+        judged = self.evidence.judgement
         return Looked(
-            verdict=evidence.verdict,
-            reason=evidence.reason if trouble is None else f"{evidence.reason}; {trouble}",
-            received=received,
+            verdict=judged.verdict,
+            reason=judged.reason if trouble is None else f"{judged.reason}; {trouble}",
+            received=self.received,
             canary_new=look.canary_new,
             control_new=look.control_new,
             follows=self._follows(state),

@@ -122,6 +122,16 @@ class State:
         return self.phase is Phase.DONE
 
     @property
+    def before_traffic(self) -> bool:
+        """Canary has not been given its first share yet."""
+        return self.phase in (Phase.GATING, Phase.PENDING, Phase.SHADOWING)
+
+    @property
+    def next_step(self) -> int:
+        """The index of the step that is next; that of no step while the last one is under way."""
+        return 0 if self.before_traffic else self.step + 1
+
+    @property
     def baseline(self) -> str:
         """The label of the fresh copy of stable."""
         return f"{self.stable}-baseline"

@@ -23,6 +23,7 @@ from endcap.errors import BusyError, StateError, from_os_error
 __all__ = [
     "FolderLock",
     "JsonLines",
+    "open_to_others",
     "read_json",
     "read_json_lines",
     "replaced_folder",
@@ -30,6 +31,15 @@ __all__ = [
     "write_atomic",
     "write_json",
 ]
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether others than its owner may read the secret file ``path``. Raises OSError as ``stat`` does.
+
+    On a read-only mount the mode says nothing: Kubernetes gives a mounted Secret to a group, or to everybody who sees
+    the mount, and that is the pod alone.
+    """
+    return bool(path.stat().st_mode & 0o077) and not os.statvfs(path).f_flag & os.ST_RDONLY
 
 
 def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:

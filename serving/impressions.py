@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from endcap.errors import InputError, from_os_error
-from endcap.files import write_atomic
+from endcap.files import open_to_others, write_atomic
 from serving.watched import Watched
 
 __all__ = [
@@ -180,7 +180,7 @@ def read_keys(path: Path) -> Keys:
         InputError: the file is missing, damaged, or can be read by others.
     """
     try:
-        mode = path.stat().st_mode
+        exposed = open_to_others(path)
         with path.open("rb") as file:
             raw = file.read(_MAX_KEY_FILE_BYTES + 1)
     except FileNotFoundError as error:
@@ -188,7 +188,7 @@ def read_keys(path: Path) -> Keys:
     except OSError as error:
         raise from_os_error(error, doing=f"reading {path}") from error
     keys = _parse_keys(raw, path)
-    if mode & 0o077:
+    if exposed:
         raise InputError("the impression key can be read by others", where=path,
                          next_step=f"chmod 600 {path}, and think about a new key")  # fmt: skip
     return keys

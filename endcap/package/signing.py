@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from endcap.errors import PackageError, VerificationError
-from endcap.files import write_atomic
+from endcap.files import open_to_others, write_atomic
 from endcap.package.contract import SIGNATURE_FILE, Manifest, read_manifest, verify_digests
 
 __all__ = ["PRIVATE_KEY_FILE", "PUBLIC_KEY_FILE", "ensure_signing_key", "sign_package", "verify_package"]
@@ -40,7 +40,7 @@ def ensure_signing_key(folder: Path) -> tuple[Path, Path]:
             ),
             mode=0o600,
         )
-    if private.stat().st_mode & 0o077:
+    if open_to_others(private):
         raise PackageError("the signing key can be read by others", where=private,
                            next_step=f"chmod 600 {private}, and think about a new key")  # fmt: skip
     if not public.exists():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from endcap.errors import EndcapError, InputError, from_os_error
+from endcap.files import open_to_others
 from serving.asgi import Headers
 from serving.server.oip import UnknownModelError
 from serving.server.service import Service
@@ -60,13 +61,13 @@ class AdminKey:
         """
         try:
             with path.open("rb") as file:
-                mode = path.stat().st_mode
+                exposed = open_to_others(path)
                 raw = file.read(1024).strip()
         except FileNotFoundError as error:
             raise InputError("no admin key", where=path, next_step="write one there, readable by its owner") from error
         except OSError as error:
             raise from_os_error(error, doing=f"reading {path}") from error
-        if mode & 0o077:
+        if exposed:
             raise InputError("the admin key can be read by others", where=path,
                              next_step=f"chmod 600 {path}, and think about a new key")  # fmt: skip
         if _KEY.fullmatch(raw) is None:

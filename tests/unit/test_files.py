@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from endcap.files import read_json_lines
+import pytest
+
+from endcap.files import open_to_others, read_json_lines
 
 WRITER = """
 import resource, signal, sys
@@ -31,3 +34,17 @@ def test_a_line_that_does_not_fit_leaves_no_half_for_the_next_to_be_written_behi
     path = tmp_path / "records.jsonl"
     assert subprocess.run([sys.executable, "-c", WRITER, str(path)], check=False).returncode == 7
     assert list(read_json_lines(path)) == [{"kept": 1}, {"kept": 2}]
+
+
+@pytest.mark.parametrize(
+    ("mode", "read_only", "exposed"),
+    [(0o600, False, False), (0o640, False, True), (0o644, False, True), (0o644, True, False)],
+)
+def test_a_secret_on_a_read_only_mount_is_as_open_as_the_mount(tmp_path, monkeypatch, mode, read_only, exposed):
+    path = tmp_path / "key"
+    path.write_text("secret")
+    path.chmod(mode)
+    seen = os.statvfs(path)
+    flags = (seen.f_flag | os.ST_RDONLY) if read_only else (seen.f_flag & ~os.ST_RDONLY)
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*seen[:8], flags, *seen[9:])))
+    assert open_to_others(path) is exposed

@@ -160,7 +160,8 @@ def envoy_attempts(
 
     Measured against the gateway's log of attempts (tests/local/test_sources_attempts.py): equal, failures, resets and
     timeouts alike, but where a version has no replica left: each request whose retry finds none counts one attempt
-    more here. Copies sent to a shadow are attempts of the shadow's version.
+    more here, and where the shopper leaves between a failed attempt and its retry: that attempt counts nowhere here,
+    and as the failure that it was in the log. Copies sent to a shadow are attempts of the shadow's version.
 
     Raises:
         SourceError: not Envoy's text.

@@ -22,6 +22,7 @@ __all__ = [
     "SourceError",
     "StateError",
     "StepError",
+    "StillRunningError",
     "StorageError",
     "TargetError",
     "VerificationError",
@@ -116,6 +117,12 @@ class OutcomeError(EndcapError):
     """Everything ran, and an outcome that had to happen did not."""
 
     exit_code = 4
+
+
+class StillRunningError(EndcapError):
+    """What was waited for has not ended in the time that was given; it goes on."""
+
+    exit_code = 5
 
 
 _KINDS: dict[str, type[EndcapError]] = {}

@@ -1,4 +1,4 @@
-"""The pipeline as the YAML that Kubeflow Pipelines takes; and sending it there."""
+"""The pipeline as the YAML that Kubeflow Pipelines takes."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -6,80 +6,57 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endcap.errors import TargetError
+import yaml
+
 from endcap.files import write_atomic
+from pipelines.settings import PipelineSettings, arrange
 
-__all__ = ["compile_recommender", "schedule", "submit"]
+__all__ = ["compile_recommender", "compiled_recommender", "without_caching"]
 
 
-def compile_recommender(path: Path) -> None:
+def compile_recommender(path: Path, settings: PipelineSettings | None = None) -> None:
     """Write the compiled pipeline to ``path``; the same bytes each time.
 
     Raises:
         StorageError: no space, or not allowed.
     """
+    write_atomic(path, _compiled(settings))
+
+
+def compiled_recommender(settings: PipelineSettings | None = None) -> dict[str, Any]:
+    """The compiled pipeline as the API takes it: the pipeline's spec, or with a platform's, both by name."""
+    spec, *platform = yaml.safe_load_all(_compiled(settings))
+    return {"pipeline_spec": spec, "platform_spec": platform[0]} if platform else dict(spec)
+
+
+def without_caching(compiled: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, every step run anew. Steps behind a condition too, which kfp's own client leaves out.
+
+    There is no contrary: what must not be cached (it looks at the registry) says so itself.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: {} if key == "cachingOptions" else plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    return dict(plain(compiled))
+
+
+def _compiled(settings: PipelineSettings | None) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from kfp import compiler
 
-        from pipelines.recommender import recommender
+        from pipelines.recommender import make_recommender, recommender
 
+        pipeline = recommender if settings is None else make_recommender(partial(arrange, settings=settings))
         with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch) / "pipeline.yaml"
-            compiler.Compiler().compile(recommender, str(made))
-            write_atomic(path, made.read_bytes())
-
-
-def submit(host: str, arguments: Mapping[str, Any], *, experiment: str = "endcap", token: str | None = None) -> str:
-    """Run the pipeline once on the Kubeflow Pipelines endpoint ``host``; returns the run's id.
-
-    Raises:
-        TargetError: the endpoint does not answer, or refuses.
-    """
-    with _sending(host, token) as (client, compiled):
-        run = client.create_run_from_pipeline_package(
-            compiled, arguments=dict(arguments), experiment_name=experiment
-        )  # fmt: skip
-        return str(run.run_id)
-
-
-def schedule(host: str, arguments: Mapping[str, Any], *, cron: str, name: str, experiment: str = "endcap",
-             token: str | None = None) -> str:  # fmt: skip
-    """Run the pipeline by the six-field ``cron`` on ``host``; returns the recurring run's id.
-
-    Raises:
-        TargetError: the endpoint does not answer, or refuses.
-    """
-    with _sending(host, token) as (client, compiled):
-        made = client.create_recurring_run(
-            experiment_id=client.create_experiment(experiment).experiment_id, job_name=name,
-            cron_expression=cron, max_concurrency=1, no_catchup=True,
-            pipeline_package_path=compiled, params=dict(arguments),
-        )  # fmt: skip
-        return str(made.recurring_run_id)
-
-
-@contextmanager
-def _sending(host: str, token: str | None) -> Iterator[tuple[Any, str]]:
-    """A client of ``host`` and the compiled pipeline's path; what the client raises becomes our error."""
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = Path(scratch) / "pipeline.yaml"
-        compile_recommender(compiled)
-        import kfp
-
-        try:
-            yield kfp.Client(host=host, existing_token=token), str(compiled)
-        except Exception as error:  # its exceptions share no base but this
-            raise _refused(host, error) from error
-
-
-def _refused(host: str, error: Exception) -> TargetError:
-    text = str(error).strip().splitlines()
-    return TargetError(f"Kubeflow Pipelines did not take the run ({text[0][:200] if text else type(error).__name__})",
-                       where=host, next_step="check the host, and the token")  # fmt: skip
+            compiler.Compiler().compile(pipeline, str(made))
+            return made.read_bytes()

@@ -1,7 +1,7 @@
 """``endcap``: one noun a subject, one verb a deed. Errors are one message and an exit code, never a traceback.
 
 Exit codes: 0 done; 1 could not; 2 something a person wrote; 3 a package that must not be served; 4 everything ran and
-an outcome that had to happen did not; 130 and 143 interrupted.
+an outcome that had to happen did not; 5 what was waited for goes on; 130 and 143 interrupted.
 """
 
 from __future__ import annotations

@@ -14,12 +14,11 @@ import pytest
 from mlflow import MlflowClient
 
 from components.data import Shop, synthetic_lines
-from endcap.errors import BusyError, DataError, StepError, TargetError
+from endcap.errors import BusyError, DataError, StepError
 from endcap.files import FolderLock, read_json, read_json_lines
 from endcap.package import read_items, verify_package
-from endcap.processes import free_port
 from endcap.registry import Registry, sqlite_uri
-from pipelines.compile import compile_recommender, schedule, submit
+from pipelines.compile import compile_recommender
 from pipelines.run import STEPS, RunConfig, StepEvent, run_recommender
 
 # SQLAlchemy says this of MLflow's own mappings.
@@ -164,11 +163,3 @@ def test_compiled_twice_it_is_the_same_pipeline(tmp_path):
     assert text == (tmp_path / "two.yaml").read_text()
     assert "exec-register-candidate" in text and "triggerPolicy" in text
     assert json.dumps(str(tmp_path)) not in text
-
-
-def test_a_cluster_that_is_not_there_is_one_clear_error():
-    host = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(TargetError, match=host):
-        submit(host, {})
-    with pytest.raises(TargetError, match=host):
-        schedule(host, {}, cron="0 0 4 * * *", name="nightly")

@@ -117,7 +117,8 @@ class PipelineSettings(SpecModel):
     @model_validator(mode="after")
     def _places_differ(self) -> PipelineSettings:
         for step in STEPS:
-            paths = [one.path for one in (*self.secrets, *self.volumes) if one.path and step in (one.steps or STEPS)]
+            paths = [secret.path for secret in self.secrets if secret.path and step in (secret.steps or STEPS)]
+            paths += [volume.path for volume in self.volumes if step in (volume.steps or STEPS)]
             if len(set(paths)) != len(paths):
                 raise ValueError(f"two mounts have the same path in the step {step}")
         return self

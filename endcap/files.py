@@ -141,6 +141,14 @@ class JsonLines:
         except OSError as error:
             raise from_os_error(error, doing=f"appending to {self.path}") from error
 
+    def sync(self) -> int:
+        """Bring all lines to disk; returns how many bytes they are."""
+        try:
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise from_os_error(error, doing=f"syncing {self.path}") from error
+
     def close(self) -> None:
         self._file.close()
 
@@ -169,8 +177,10 @@ def _drop_torn_tail(path: Path) -> None:
         file.truncate(0)
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(path: Path, *, from_byte: int = 0) -> Iterator[dict[str, Any]]:
     """The records of a :class:`JsonLines` file. A torn last line is left out; any other damage is an error.
+
+    ``from_byte``: where the first line of interest begins; lines are numbered from there.
 
     Raises:
         StateError: a line is not a JSON object; the message names file and line.
@@ -178,6 +188,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with path.open("rb") as file:
+        file.seek(from_byte)
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 return

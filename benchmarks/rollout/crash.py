@@ -23,6 +23,7 @@ from endcap.errors import FencedError, TargetError
 from endcap.evidence import Counts
 from endcap.files import JsonLines, read_json_lines
 from endcap.objectives import Good, Objective, Objectives
+from serving.rollout import store
 from serving.rollout.audit import replay
 from serving.rollout.engine import run_rollout
 from serving.rollout.spec import RolloutSpec, ShadowSpec, Step
@@ -48,13 +49,17 @@ SPEC = RolloutSpec(
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """``clicked``: canary's share of shoppers who click (stable's is 0.1). ``asks``: commands by time since start."""
+    """``clicked``: canary's share of shoppers who click (stable's is 0.1). ``asks``: commands by time since start.
+
+    ``sight_every``: after how many looks what they come to is kept; the engine's own number is never reached here.
+    """
 
     name: str
     expected: str
     clicked: float = 0.1
     spec: RolloutSpec = SPEC
     asks: Mapping[float, str] = field(default_factory=dict)
+    sight_every: int | None = None
 
 
 SCENARIOS = (
@@ -67,6 +72,7 @@ SCENARIOS = (
         asks={4.0: "pause", 7.0: "resume"},
     ),
     Scenario("aborted", "aborted", asks={3.0: "abort"}),
+    Scenario("rolled back, looks folded", "rolled_back", clicked=0.02, sight_every=2),
 )  # fmt: skip
 
 
@@ -175,6 +181,8 @@ def _life(scenario: Scenario, home: Path, *, die_at: int | None) -> None:
     killer = _Killer(die_at)
     world = _World.load(home)
     _watch_writes(killer)
+    if scenario.sight_every is not None:
+        store.SIGHT_EVERY = scenario.sight_every
     target = _Target(world, killer, scenario)
     run_rollout(
         scenario.spec, OBJECTIVES, ModelVersion("2", Path("two")), target, home / "rollout",

@@ -1,30 +1,33 @@
-"""The loop round the decisions: look, decide, write the decision, act, look again.
+"""The turns round the decisions: look, decide, keep the decision, act, look again.
 
-Killed at any point it resumes to the same end: what was decided is on disk before anything is done, every act is safe
-to repeat, and the evidence is folded again from the raw looks.
+Killed at any point it resumes to the same end: what was decided is kept before anything is done, every act is safe to
+repeat, and the evidence is gone on from. One turn at a time, so that one process can drive one rollout or a thousand.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from endcap.errors import EndcapError, FencedError, InputError, PackageError, StateError, StorageError, TargetError
-from endcap.evidence import Counts, Evidence, SplitTest, Verdict, share_follows
+from endcap.evidence import Counts, Verdict
 from endcap.files import FolderLock
 from endcap.objectives import Good, Objectives
 from serving.rollout.audit import Decision, decision_record
+from serving.rollout.base import Kept, Store
 from serving.rollout.decide import begin, decide
-from serving.rollout.events import Acted, ActFailed, Event, Gated, Looked, Received, ShadowSeen
-from serving.rollout.looks import Lately, Look, LookFold, shadow_strata
+from serving.rollout.events import Acted, ActFailed, Event, Gated, Looked
+from serving.rollout.looks import Look
+from serving.rollout.sight import Sight
 from serving.rollout.spec import RolloutSpec
 from serving.rollout.state import Action, EnsureCapacity, Outcome, Phase, Retire, RunGates, SetShadow, SetShares, State
 from serving.rollout.store import RolloutStore
 from serving.sources.base import Reading, measured
-from serving.targets.base import ModelVersion, Observation, ShadowObservation, Target
+from serving.targets.base import ModelVersion, Observation, Target
 
 __all__ = ["Clock", "CountSource", "Engine", "Gatekeeper", "RolloutResult", "SystemClock", "run_rollout"]
 
@@ -34,9 +37,8 @@ _PATIENCE_S = 120.0
 """How long a target or a disk may refuse or not answer at all before the engine ends: longer than capacity takes."""
 _LISTEN_S = 1.0
 """How long a person waits at most until the engine notices what they asked for, while it waits for its next look."""
-_MISMATCH_ALPHA = 0.001
-_FEW_SHOPPERS_TOLERANCE = 4.0
-"""With sticky assignment a few heavy shoppers are a share of their own: only a gross difference is no share at all."""
+_NOW_S = 1e-6
+"""Sums of times are off by their last digits."""
 
 
 class Clock(Protocol):
@@ -107,53 +109,110 @@ def run_rollout(
             on with the rollout.
     """
     with FolderLock(folder), RolloutStore(folder) as store:
-        engine = Engine(spec, spec.judged(objectives), candidate, target, store, dict(packages),
-                        clock or SystemClock(), gates, source, on_decision)  # fmt: skip
+        engine = Engine(spec, spec.judged(objectives), candidate, target, store, packages, clock=clock, gates=gates,
+                        source=source, on_decision=on_decision)  # fmt: skip
         return engine.run()
 
 
 class Engine:
-    """One rollout in one folder that the caller holds. See :func:`run_rollout`."""
+    """One rollout, in a store that the caller holds. :meth:`run` it, or :meth:`open` it and :meth:`step` when due.
+
+    Its errors are those of :func:`run_rollout`. Used by one thread at a time. ``intervals``: keep the confidence
+    sequences for people too; they decide nothing, and are most of what is kept.
+    """
 
     def __init__(
-        self, spec: RolloutSpec, objectives: Objectives, candidate: ModelVersion, target: Target,
-        store: RolloutStore, packages: dict[str, Path], clock: Clock, gates: Gatekeeper | None,
-        source: CountSource | None, on_decision: Callable[[Decision], None] | None,
+        self, spec: RolloutSpec, objectives: Objectives, candidate: ModelVersion, target: Target, store: Store,
+        packages: Mapping[str, Path], *, clock: Clock | None = None, gates: Gatekeeper | None = None,
+        source: CountSource | None = None, on_decision: Callable[[Decision], None] | None = None,
+        intervals: bool = True,
     ) -> None:  # fmt: skip
         self._spec, self._objectives, self._target, self._store = spec, objectives, target, store
         self._packages = {**packages, candidate.label: candidate.package}
         self._candidate = candidate
-        self._clock, self._gates, self._source, self._on_decision = clock, gates, source, on_decision
-        self._sight = _Sight(spec, objectives, candidate.label, "")
+        self._clock = clock or SystemClock()
+        self._gates, self._source, self._on_decision = gates, source, on_decision
+        self._intervals = intervals
+        self._sight = Sight(spec, objectives, candidate.label, "", intervals=intervals)
         self._counted: dict[str, dict[str, Counts]] = {}
         self._source_trouble: str | None = None
         self._failing_since_s: float | None = None
+        self._due_s = -math.inf
+        self._is_stuck = False
+        """The store refuses: what people ask for cannot be taken up before it is due to be tried again."""
         self._token = 0
+        self._state: State | None = None
 
     def run(self) -> RolloutResult:
+        self.open()
+        while (due_s := self.step()) is not None:
+            self._rest(due_s)
+        return self.result
+
+    def open(self) -> State:
+        """Begin the rollout, or take it up where it was left; from here on older engines are refused by the target."""
         state = self._store.resume(self._spec)
         if state is None:
             state = self._begin()
         elif state.canary != self._candidate.label:
-            raise InputError(f"this folder holds a rollout of version {state.canary}", where=self._store.folder)
+            raise InputError(f"this folder holds a rollout of version {state.canary}", where=self._store.where)
         self._store.check_declared(self._spec, self._objectives)
         self._packages.setdefault(state.baseline, self._packages.get(state.stable, Path()))
+        self._state = state
         if not state.ended:
             self._token = self._target.acquire(f"rollout {self._spec.name}")
             self._recall(state)
-        while not state.ended:
-            try:
-                state = self._obey(state)
-                state = self._try_intent(state) if state.intent else self._look_and_decide(state)
-            except StorageError as error:  # a full disk may be emptied, and until then nothing is done unwritten
-                self._be_patient(state, error)
-                self._clock.wait(self._spec.look_s)
+            self._due_in(0 if state.intent else self._spec.look_s)
+        return state
+
+    def step(self) -> float | None:
+        """Take one turn: what people asked for, then what is due. Nothing here waits but the target's own calls.
+
+        Returns when the next turn is due, by the engine's clock; None once the rollout has ended.
+        """
+        if self.state.ended:
+            return None
+        self._is_stuck = False
+        try:
+            self._obey()
+            if self._due_s <= self._clock.now_s() + _NOW_S:
+                if self.state.intent:
+                    self._try_intent()
+                else:
+                    self._look_and_decide()
+        except StorageError as error:  # a full disk may be emptied, and until then nothing is done unwritten
+            self._be_patient(error)
+            self._is_stuck = True
+            self._due_in(self._spec.look_s)
+        return None if self.state.ended else self._due_s
+
+    @property
+    def state(self) -> State:
+        """Where the rollout stands, since :meth:`open`."""
+        if self._state is None:
+            raise StateError("the engine was not opened", where=self._store.where)
+        return self._state
+
+    @property
+    def result(self) -> RolloutResult:
+        state = self.state
         if state.outcome is None:
-            raise StateError("the rollout ended with no verdict", where=self._store.folder)
+            raise StateError("the rollout ended with no verdict", where=self._store.where)
         return RolloutResult(
             state.stable, state.canary, state.outcome, state.reason,
             (state.ended_at_s or state.started_at_s) - state.started_at_s,
         )  # fmt: skip
+
+    def _rest(self, due_s: float) -> None:
+        """Until ``due_s``, or until somebody asks for something."""
+        while self._is_stuck or not self._store.has_commands(after=self.state.commands):
+            remaining_s = due_s - self._clock.now_s()
+            if remaining_s <= _NOW_S:
+                return
+            self._clock.wait(min(_LISTEN_S, remaining_s))
+
+    def _due_in(self, seconds: float) -> None:
+        self._due_s = self._clock.now_s() + seconds
 
     # ---- beginning, and going on ----
 
@@ -176,8 +235,8 @@ class Engine:
         self._check_countable(seen, stable)
         state = begin(self._spec, stable=stable, canary=self._candidate.label, now_s=self._clock.now_s())
         self._store.declare(self._spec, self._objectives)
-        self._record(Decision(None, None, state, state.started_at_s, self._sight.evidence))
-        self._store.save_state(state)
+        self._keep(Decision(None, None, state, state.started_at_s, self._sight.evidence))
+        self._store.publish(state)
         return state
 
     def _check_countable(self, seen: Observation, stable: str) -> None:
@@ -197,71 +256,68 @@ class Engine:
                                  next_step=serve)  # fmt: skip
 
     def _recall(self, state: State) -> None:
-        """Fold the looks of an earlier life of this rollout; take the first look where there is none."""
-        self._sight = _Sight(self._spec, self._objectives, state.canary, state.baseline)
-        seen: Observation | None = None
-        for seen in self._store.looks():
-            self._sight.take(seen)
-            for label, version in seen.versions.items():
-                for name, counts in version.measured.items():
-                    self._counted.setdefault(name, {})[label] = counts
-        if seen is None:
-            self._look(state)
+        """What an earlier life of this rollout saw; the first look where there was none."""
+        self._sight = Sight(self._spec, self._objectives, state.canary, state.baseline, intervals=self._intervals)
+        seen_before = self._store.recall(self._sight)
+        self._counted = self._sight.counted()
+        if not seen_before:
+            self._look()
 
     # ---- one turn ----
 
-    def _obey(self, state: State) -> State:
-        for asked in self._store.new_commands(after=state.commands):
-            state = self._decided(state, asked)
-        return state
+    def _obey(self) -> None:
+        before = self.state
+        for asked in self._store.new_commands(after=before.commands):
+            self._decided(asked)
+        if self.state.intent != before.intent:
+            self._due_in(0)
 
-    def _look_and_decide(self, state: State) -> State:
-        self._wait(state)
-        look = self._look(state)
-        return state if look is None else self._decided(state, self._judged(state, look))
+    def _look_and_decide(self) -> None:
+        look = self._look()
+        if look is not None:
+            self._decided(self._judged(look))
+        self._due_in(0 if self.state.intent else self._spec.look_s)
 
-    def _judged(self, state: State, look: Look) -> Looked:
-        return self._sight.judge(state, look, self._source_trouble)
+    def _judged(self, look: Look) -> Looked:
+        return self._sight.judge(self.state, look, self._source_trouble)
 
-    def _wait(self, state: State) -> None:
-        remaining_s = self._spec.look_s
-        while remaining_s > 0 and not self._store.has_commands(after=state.commands):
-            slice_s = min(_LISTEN_S, remaining_s)
-            self._clock.wait(slice_s)
-            remaining_s -= slice_s
-
-    def _try_intent(self, state: State) -> State:
+    def _try_intent(self) -> None:
+        state = self.state
         if RunGates() in state.intent:
-            return self._decided(state, self._check(state))
+            self._decided(self._check(state))
+            self._due_in(0 if self.state.intent else self._spec.look_s)
+            return
         for action in state.intent:
             if isinstance(action, SetShares) and state.phase is Phase.GROWING:
                 # Capacity takes its time, and so does an engine that goes on: what failed by now gets no more.
-                look = self._look(state)
+                look = self._look()
                 if look is not None and self._sight.evidence.verdict is Verdict.FAIL:
-                    return self._decided(state, self._judged(state, look))
+                    self._decided(self._judged(look))
+                    return
             try:
                 self._act(action)
             except FencedError:
                 raise
             except EndcapError as error:
-                return self._after_failure(state, error)
-        if self._look(state) is None and state.outcome is None:
-            self._clock.wait(self._spec.look_s)
-            return state  # from where on the step counts has to be seen; the acts are safe to repeat
-        self._failing_since_s = None
-        return self._decided(state, Acted(self._sight.received))
+                self._after_failure(error)
+                return
+        if self._look() is not None or state.outcome is not None:
+            self._failing_since_s = None
+            self._decided(Acted(self._sight.received))
+        # else from where on the step counts has yet to be seen; the acts are safe to repeat
+        self._due_in(self._spec.look_s)
 
-    def _after_failure(self, state: State, error: EndcapError) -> State:
-        if state.outcome is not None:
-            self._be_patient(state, error)
-            self._clock.wait(self._spec.look_s)  # the same way is tried again
-        elif type(error) is TargetError and self._is_patient(state):
-            self._clock.wait(self._spec.look_s)
-            return state  # a target or a gateway that is being started again is no fault of canary's
+    def _after_failure(self, error: EndcapError) -> None:
+        if self.state.outcome is not None:
+            self._be_patient(error)
+            self._due_in(self._spec.look_s)  # then the same way, or the other one, is tried
+        elif type(error) is TargetError and self._is_patient():
+            self._due_in(self._spec.look_s)
+            return  # a target or a gateway that is being started again is no fault of canary's
         else:
             self._failing_since_s = None
-            self._look(state)  # did canary get any traffic?
-        return self._decided(state, ActFailed(_line(error), isinstance(error, PackageError), self._sight.received))
+            self._look()  # did canary get any traffic?
+        self._decided(ActFailed(_line(error), isinstance(error, PackageError), self._sight.received))
 
     def _check(self, state: State) -> Gated:
         if self._gates is None:
@@ -271,21 +327,22 @@ class Engine:
         except PackageError as error:
             return Gated(False, _line(error))
 
-    def _decided(self, state: State, event: Event) -> State:
-        at_s = self._clock.now_s()
+    def _decided(self, event: Event) -> None:
+        state, at_s = self.state, self._clock.now_s()
         after = decide(self._spec, state, event, at_s)
-        # The log first: it is the truth, and what follows may be cut off anywhere. The checkpoint may lag behind.
-        self._record(Decision(state, event, after, at_s, self._sight.evidence))
+        # Kept first: that is the truth, and what follows may be cut off anywhere. What is shown may lag behind.
+        self._keep(Decision(state, event, after, at_s, self._sight.evidence))
+        self._state = after
         if after is not state:
             try:
-                self._store.save_state(after)
+                self._store.publish(after)
             except StorageError as error:
-                self._be_patient(state, error)
-        return after
+                self._be_patient(error)
 
-    def _record(self, decided: Decision) -> None:
+    def _keep(self, decided: Decision) -> None:
         record = decision_record(self._spec, decided, shadow=self._sight.shadow_json)
-        self._store.add_decision(record, changed=decided.after is not decided.before)
+        changed = decided.after is not decided.before
+        self._store.keep(Kept(record, decided.after, changed, self._sight.to_json))
         if self._on_decision is not None:
             self._on_decision(decided)
 
@@ -315,14 +372,15 @@ class Engine:
 
     # ---- looks ----
 
-    def _look(self, state: State) -> Look | None:
+    def _look(self) -> Look | None:
         """One more look; a target that does not answer is no data, and so is a source."""
         # Shoppers count once: those who came while it waited for checks, a person or a freeze are not used up by that.
+        state = self.state
         since_s = state.started_at_s if state.traffic_at_s is None else state.traffic_at_s
         try:
             seen = self._target.observe(shoppers_since_s=since_s)
         except EndcapError as error:
-            self._be_patient(state, error)
+            self._be_patient(error)
             return None
         if not state.intent:
             self._failing_since_s = None
@@ -343,99 +401,17 @@ class Engine:
         }
         return measured(seen, counts)
 
-    def _be_patient(self, state: State, error: EndcapError) -> None:
+    def _be_patient(self, error: EndcapError) -> None:
         """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
-        if not self._is_patient(state):
+        if not self._is_patient():
             raise error
 
-    def _is_patient(self, state: State) -> bool:
+    def _is_patient(self) -> bool:
         now_s = self._clock.now_s()
         if self._failing_since_s is None:
             self._failing_since_s = now_s
-        patience_s = _PATIENCE_BACK_S if state.phase is Phase.RETURNING else _PATIENCE_S
+        patience_s = _PATIENCE_BACK_S if self.state.phase is Phase.RETURNING else _PATIENCE_S
         return now_s - self._failing_since_s <= patience_s
-
-
-class _Sight:
-    """All that the looks so far come to. Its size does not depend on how many there were."""
-
-    def __init__(self, spec: RolloutSpec, objectives: Objectives, canary: str, baseline: str) -> None:
-        self._spec, self._objectives, self._canary = spec, objectives, canary
-        self._fold = LookFold(objectives, canary=canary, baseline=baseline if spec.baseline else None)
-        self.evidence = Evidence.start(objectives, alpha=spec.alpha, beta=spec.beta, primary=spec.primary)
-        self._split = SplitTest()
-        answered = tuple(objective for objective in objectives.objectives if objective.good is Good.ANSWERED)
-        self._shadow_evidence = (
-            Evidence.start(replace(objectives, objectives=answered), alpha=spec.alpha, beta=spec.beta, intervals=False)
-            if answered and spec.shadow is not None else None
-        )  # fmt: skip
-        self._shadow: ShadowObservation | None = None
-        self._lately = Lately(objectives)
-
-    @property
-    def received(self) -> Received:
-        return self._fold.received
-
-    def take(self, seen: Observation) -> Look:
-        look = self._fold.fold(seen)
-        self.evidence = self.evidence.update(look.strata)
-        self._lately.take(look)
-        if look.split is not None:
-            self._split = self._split.update(look.split.canary, look.split.total, look.split.share)
-        if seen.shadow is not None and seen.shadow.version == self._canary:
-            if self._shadow_evidence is not None:
-                strata = shadow_strata(self._objectives, self._shadow, seen.shadow)
-                self._shadow_evidence = self._shadow_evidence.update(strata)
-            self._shadow = seen.shadow
-        return look
-
-    def judge(self, state: State, look: Look, trouble: str | None) -> Looked:
-        """The event that the looks so far make; ``look`` is the last one."""
-        judged = self.evidence.judgement
-        return Looked(
-            verdict=judged.verdict,
-            reason=judged.reason if trouble is None else f"{judged.reason}; {trouble}",
-            received=self.received,
-            canary_new=look.canary_new,
-            control_new=look.control_new,
-            follows=self._follows(state),
-            mismatch=self._mismatch(),
-            troubled=self._lately.troubled,
-            shadow=self._shadow_seen(),
-        )
-
-    def _follows(self, state: State) -> bool:
-        if state.phase not in (Phase.OBSERVING, Phase.HOLDING):
-            return True
-        canary = self.received.canary_requests - state.step_from.canary_requests
-        requests = self.received.requests - state.step_from.requests
-        share = self._spec.steps[state.step].share
-        if share == 1:
-            return True  # there the old version is waited for until it receives nothing
-        tolerance = 1.5 if self._spec.sticky is None else _FEW_SHOPPERS_TOLERANCE
-        return share_follows(canary, requests, share, tolerance=tolerance)
-
-    def _mismatch(self) -> str | None:
-        if not self._split.rejects(_MISMATCH_ALPHA):
-            return None
-        split = self._split
-        due = f"{split.canary} of {split.total} new shoppers are canary's, {split.expected:.0f} were due"
-        return f"sample-ratio mismatch: {due}"
-
-    def _shadow_seen(self) -> ShadowSeen | None:
-        if self._shadow is None:
-            return None
-        evidence = self._shadow_evidence
-        verdict, reason = (Verdict.INCONCLUSIVE, "") if evidence is None else (evidence.verdict, evidence.reason)
-        return ShadowSeen(verdict, reason, self._shadow.pairs, self._shadow.overlap)
-
-    @property
-    def shadow_json(self) -> dict[str, float | int] | None:
-        seen = self._shadow
-        if seen is None:
-            return None
-        return {"pairs": seen.pairs, "overlap": seen.overlap, "score_drift": seen.score_drift,
-                "answered": seen.answered.good, "asked": seen.answered.total}  # fmt: skip
 
 
 def _line(error: EndcapError) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from endcap.evidence import Counts, Stratum
@@ -14,7 +14,7 @@ from serving.targets.base import Observation, ShadowObservation, VersionObservat
 
 __all__ = [
     "BESIDE_S", "KEPT", "TROUBLE_DEVIATIONS", "TROUBLE_EVENTS", "Lately", "Look", "LookFold", "Split",
-    "observation_from_json", "observation_to_json", "shadow_strata",
+    "observation_from_json", "observation_to_json", "shadow_from_json", "shadow_strata", "shadow_to_json",
 ]  # fmt: skip
 
 KEPT = 0.9
@@ -71,6 +71,32 @@ class LookFold:
     @property
     def received(self) -> Received:
         return self._received
+
+    def to_json(self) -> dict[str, Any]:
+        """What was folded so far. Its size hangs on how many versions and counters there are."""
+        last: dict[str, dict[str, list[int]]] = {}
+        for (label, what), counts in self._last.items():
+            last.setdefault(label, {})[what] = _pair(counts)
+        return {
+            "last": last, "received": asdict(self._received), "at_s": self._at_s, "share": self._share,
+            "share_since_s": self._share_since_s, "shoppers_at_s": self._shoppers_at_s,
+            "waiting": {name: [since_s, *_pair(counts)] for name, (since_s, counts) in self._waiting.items()},
+        }  # fmt: skip
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`to_json` gave. Raises KeyError, TypeError or ValueError on anything else."""
+        self._last = {
+            (str(label), str(what)): _counts(pair)
+            for label, by_counter in document["last"].items()
+            for what, pair in by_counter.items()
+        }
+        self._received = Received(**{name: int(value) for name, value in document["received"].items()})
+        self._at_s, self._share = _maybe(document["at_s"]), _maybe(document["share"])
+        self._share_since_s, self._shoppers_at_s = float(document["share_since_s"]), _maybe(document["shoppers_at_s"])
+        self._waiting = {
+            str(name): (float(since_s), Counts(int(good), int(total)))
+            for name, (since_s, good, total) in document["waiting"].items()
+        }
 
     def fold(self, seen: Observation) -> Look:
         """What ``seen`` adds to the observations before it."""
@@ -169,6 +195,15 @@ class Lately:
             counts = stratum.canary
             self._seen[name] = (bad * KEPT + counts.total - counts.good, total * KEPT + counts.total)
 
+    def to_json(self) -> dict[str, list[float]]:
+        return {name: list(seen) for name, seen in self._seen.items()}
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`to_json` gave. Raises KeyError, TypeError or ValueError on anything else."""
+        if document.keys() != self._goals.keys():
+            raise ValueError("looks at other objectives")
+        self._seen = {str(name): (float(bad), float(total)) for name, (bad, total) in document.items()}
+
     @property
     def troubled(self) -> str | None:
         """Which goal is missed by more than chance explains (five standard deviations and two events)."""
@@ -219,6 +254,15 @@ def _pair(counts: Counts) -> list[int]:
     return [counts.good, counts.total]
 
 
+def _counts(pair: Sequence[int]) -> Counts:
+    good, total = pair
+    return Counts(int(good), int(total))
+
+
+def _maybe(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def observation_to_json(seen: Observation) -> dict[str, Any]:
     """A raw look as it is kept in looks.jsonl: cumulative counts as [good, total]."""
     shadow = seen.shadow
@@ -242,12 +286,25 @@ def observation_to_json(seen: Observation) -> dict[str, Any]:
             }
             for label, v in seen.versions.items()
         },
-        "shadow": None if shadow is None else {
-            "version": shadow.version, "answered": _pair(shadow.answered),
-            "within_ms": {str(ms): _pair(c) for ms, c in shadow.within_ms.items()},
-            "pairs": shadow.pairs, "overlap": shadow.overlap, "score_drift": shadow.score_drift,
-        },
+        "shadow": None if shadow is None else shadow_to_json(shadow),
+    }
+
+
+def shadow_to_json(shadow: ShadowObservation) -> dict[str, Any]:
+    return {
+        "version": shadow.version, "answered": _pair(shadow.answered),
+        "within_ms": {str(ms): _pair(c) for ms, c in shadow.within_ms.items()},
+        "pairs": shadow.pairs, "overlap": shadow.overlap, "score_drift": shadow.score_drift,
     }  # fmt: skip
+
+
+def shadow_from_json(document: Mapping[str, Any]) -> ShadowObservation:
+    """The inverse of :func:`shadow_to_json`. Raises KeyError, TypeError or ValueError on anything else."""
+    return ShadowObservation(
+        str(document["version"]), _counts(document["answered"]),
+        {int(ms): _counts(c) for ms, c in document["within_ms"].items()},
+        int(document["pairs"]), float(document["overlap"]), float(document["score_drift"]),
+    )  # fmt: skip
 
 
 def observation_from_json(document: Mapping[str, Any]) -> Observation:
@@ -273,9 +330,5 @@ def observation_from_json(document: Mapping[str, Any]) -> Observation:
             )
             for label, v in document["versions"].items()
         },
-        shadow=None if shadow is None else ShadowObservation(
-            str(shadow["version"]), Counts(*shadow["answered"]),
-            {int(ms): Counts(*c) for ms, c in shadow["within_ms"].items()},
-            int(shadow["pairs"]), float(shadow["overlap"]), float(shadow["score_drift"]),
-        ),
-    )  # fmt: skip
+        shadow=None if shadow is None else shadow_from_json(shadow),
+    )

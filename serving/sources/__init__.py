@@ -1,7 +1,7 @@
 """Sources: what counts an objective's events beside the target."""
 
 from serving.sources.base import Measured, Reading, Source, measured, read_all
-from serving.sources.composed import Sources, counts_of
+from serving.sources.composed import Sources
 from serving.sources.metrics import EnvoySource, MetricsEndpoint, MetricsSource, envoy_attempts
 from serving.sources.prometheus import PrometheusAccess, PrometheusSource
 
@@ -15,7 +15,6 @@ __all__ = [
     "Reading",
     "Source",
     "Sources",
-    "counts_of",
     "envoy_attempts",
     "measured",
     "read_all",

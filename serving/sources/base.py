@@ -16,7 +16,7 @@ from serving.targets.base import Observation
 __all__ = ["Measured", "Reading", "Source", "measured", "note_of", "read_all", "selected"]
 
 Measured: TypeAlias = Mapping[str, Mapping[str, Counts]]
-"""By objective and version, what was counted since the source (or its kept state) began."""
+"""By objective and version, what was counted since the source began."""
 
 _PROCESS_LABELS = ("job", "instance", "namespace", "pod", "cluster")
 """What tells whose counters they are. Prometheus gives ``job`` and ``instance`` to all that it scrapes."""
@@ -39,9 +39,6 @@ class Source(Protocol):
         Raises:
             SourceError: it does not answer, or nothing that can be believed. No data then, never zero.
         """
-
-    def to_json(self) -> dict[str, object]:
-        """What a new source of the same objectives goes on from, given as ``state``."""
 
     def close(self) -> None:
         """Let go of connections."""

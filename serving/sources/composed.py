@@ -6,14 +6,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from endcap.errors import InputError, SourceError, StateError
+from endcap.errors import InputError, SourceError
 from endcap.objectives import EnvoyCounters, Objectives
 from serving.sources.base import Measured, Reading, Source, read_all
 from serving.sources.metrics import EnvoySource, MetricsEndpoint, MetricsSource
 from serving.sources.prometheus import PrometheusAccess, PrometheusSource
-from serving.targets.base import Observation
 
-__all__ = ["Paced", "Sources", "counts_of"]
+__all__ = ["Paced", "Sources"]
 
 T = TypeVar("T")
 _REST = 4.0
@@ -48,9 +47,6 @@ class Paced:
             raise self._last
         return self._last
 
-    def to_json(self) -> dict[str, object]:
-        return self._source.to_json()
-
     def close(self) -> None:
         self._source.close()
 
@@ -58,13 +54,10 @@ class Paced:
 class Sources:
     """Opens what the objectives ask for; none where all are counted by the target.
 
-    ``state``: what :meth:`to_json` gave earlier. It may be older or newer than the last look that was kept: counts
-    are cumulative, so nothing counts twice. ``counts``: what the last look recorded (:func:`counts_of`), for where
-    there is no state: what happened since then is lost.
+    A rollout that is gone on with opens them anew: what happened while no engine ran is not counted, for either side.
 
     Raises:
         InputError: an objective is counted by something that was not given.
-        StateError: ``state`` is damaged.
     """
 
     def __init__(
@@ -74,45 +67,30 @@ class Sources:
         prometheus: PrometheusAccess | None = None,
         endpoints: Callable[[], Sequence[MetricsEndpoint]] | None = None,
         envoy_url: str | None = None,
-        state: object = None,
-        counts: Measured | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        kept = _states(state)
         self._sources: dict[str, Source] = {}
         asked = _asked(objectives)
         if "prometheus" in asked:
             given = _given(prometheus, asked["prometheus"], "Prometheus", "name its URL: spec.prometheus.url")
-            source = PrometheusSource(given, objectives, state=kept.get("prometheus"), counts=counts)
+            source = PrometheusSource(given, objectives)
             self._sources["prometheus"] = Paced(source, every_s=given.every_s, clock=clock)
         if "metrics" in asked:
             found = _given(endpoints, asked["metrics"], "metrics endpoints", "take a target whose servers show metrics")
-            direct = MetricsSource(found, objectives, state=kept.get("metrics"), counts=counts)
+            direct = MetricsSource(found, objectives)
             self._sources["metrics"] = Paced(direct, every_s=0.0, clock=clock)
         if "envoy" in asked:
             url = _given(envoy_url, asked["envoy"], "Envoy", "take a target whose gateway is an Envoy")
-            gateway = EnvoySource(url, objectives, state=kept.get("envoy"), counts=counts)
+            gateway = EnvoySource(url, objectives)
             self._sources["envoy"] = Paced(gateway, every_s=0.0, clock=clock)
 
     def read(self, now_s: float) -> Reading:
         """What all of them count. Never raises SourceError: what fails is a note, and no data."""
         return read_all(self._sources.values(), now_s)
 
-    def to_json(self) -> dict[str, object]:
-        return {kind: source.to_json() for kind, source in self._sources.items()}
-
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
-
-
-def counts_of(seen: Observation) -> Measured:
-    """What an observation says that sources had counted, by objective and version."""
-    names = {name for version in seen.versions.values() for name in version.measured}
-    return {
-        name: {label: version.measured[name] for label, version in seen.versions.items() if name in version.measured}
-        for name in sorted(names)
-    }
 
 
 def _asked(objectives: Objectives) -> Mapping[str, str]:
@@ -131,11 +109,3 @@ def _given(value: T | None, objective: str, what: str, next_step: str) -> T:
         raise InputError(f"the objective {objective!r} is counted by {what}, which this rollout does not know",
                          next_step=next_step)  # fmt: skip
     return value
-
-
-def _states(state: object) -> Mapping[str, object]:
-    if state is None:
-        return {}
-    if not isinstance(state, dict):
-        raise StateError("the state of sources is damaged: not an object")
-    return state

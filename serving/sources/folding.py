@@ -20,7 +20,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from endcap.errors import StateError
 from endcap.evidence import Counts
 
 __all__ = ["Folders", "Series", "SeriesFolder", "digest"]
@@ -88,7 +87,6 @@ class SeriesFolder:
     Args:
         needs_good: a scrape without any good series says nothing. Else good series are some of the total ones, and
             none of them is none good.
-        counts: where to begin from (what the last look recorded).
         patience: scrapes in a row that may lack a known series before it is taken for gone.
         switch_after_s: the copy of a process that is followed may lag behind another by this much.
         max_series: counters remembered; the longest unseen are forgotten first.
@@ -98,14 +96,13 @@ class SeriesFolder:
         self,
         *,
         needs_good: bool,
-        counts: Mapping[str, Counts] | None = None,
         patience: int = 3,
         switch_after_s: float = 30.0,
         max_series: int = 2000,
     ) -> None:
         self._needs_good = needs_good
         self._patience, self._switch_after_s, self._max_series = patience, switch_after_s, max_series
-        self._sums = {version: (float(c.good), float(c.total)) for version, c in (counts or {}).items()}
+        self._sums: dict[str, tuple[float, float]] = {}
         self._processes: dict[str, _Process] = {}
         self.passed_over: str | None = None
         """Why the newest scrape that was passed over was."""
@@ -208,85 +205,13 @@ class SeriesFolder:
         good, total = self._sums[version]
         return Counts(min(int(good), int(total)), int(total))
 
-    def to_json(self) -> dict[str, object]:
-        return {
-            "counts": {version: [good, total] for version, (good, total) in self._sums.items()},
-            "processes": {
-                name: {"version": p.version, "copy": p.copy, "at_s": p.at_s, "values": dict(p.values),
-                       "skipped": p.skipped, "skipped_s": p.skipped_s}
-                for name, p in self._processes.items()
-            },
-        }  # fmt: skip
-
-    def restore(self, document: object) -> None:
-        """Go on from what :meth:`to_json` gave.
-
-        Raises:
-            StateError: it is damaged.
-        """
-        try:
-            state = _mapping(document)
-            sums = {name: _pair(pair) for name, pair in _mapping(state["counts"]).items()}
-            processes = {}
-            for name, one in _mapping(state["processes"]).items():
-                of = _mapping(one)
-                processes[name] = _Process(
-                    _text(of["version"]), _text(of["copy"]), _number(of["at_s"]),
-                    {key: _number(value) for key, value in _mapping(of["values"]).items()},
-                    int(_number(of["skipped"])), _number(of["skipped_s"]),
-                )  # fmt: skip
-            if any(process.version not in sums for process in processes.values()):
-                raise ValueError("a process of a version that was not counted")
-        except (KeyError, ValueError, OverflowError) as error:
-            raise StateError(f"the state of a source is damaged: {error!r}") from error
-        self._sums, self._processes = sums, processes
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError("not an object")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("not a text")
-    return value
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
-        raise ValueError("not a number")
-    return float(value)
-
-
-def _pair(value: object) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("not a pair of counts")
-    good, total = _number(value[0]), _number(value[1])
-    if good < 0 or total < 0:
-        raise ValueError("a negative count")
-    return good, total
-
 
 class Folders:
     """One folder an objective, and when the source began."""
 
-    def __init__(self, folders: Mapping[str, SeriesFolder], *, state: object = None) -> None:
-        """``state``: what :meth:`to_json` gave earlier; raises StateError when it is damaged."""
+    def __init__(self, folders: Mapping[str, SeriesFolder]) -> None:
         self.by_name = dict(folders)
         self.began_s: float | None = None
-        if state is not None:
-            try:
-                document = _mapping(state)
-                began_s = document["began_s"]
-                self.began_s = None if began_s is None else _number(began_s)
-                kept = _mapping(document["objectives"])
-            except (KeyError, ValueError) as error:
-                raise StateError(f"the state of a source is damaged: {error!r}") from error
-            for name, folder in self.by_name.items():
-                if name in kept:
-                    folder.restore(kept[name])
 
     def fold(self, name: str, found: Iterable[Series], *, at_s: float) -> SeriesFolder:
         """``at_s``: the time that is asked about; that of the first answer is when counting begins."""
@@ -295,9 +220,3 @@ class Folders:
         folder = self.by_name[name]
         folder.fold(found, began_s=self.began_s)
         return folder
-
-    def to_json(self) -> dict[str, object]:
-        return {
-            "began_s": self.began_s,
-            "objectives": {name: folder.to_json() for name, folder in self.by_name.items()},
-        }

@@ -67,9 +67,6 @@ class _Direct:
         self.notes = notes
         return measured
 
-    def to_json(self) -> dict[str, object]:
-        return self._folders.to_json()
-
     def close(self) -> None:
         self._client.close()
 
@@ -86,8 +83,6 @@ class MetricsSource(_Direct):
         endpoints: Callable[[], Sequence[MetricsEndpoint]],
         objectives: Objectives,
         *,
-        state: object = None,
-        counts: Measured | None = None,
         timeout_s: float = 2.0,
         max_series: int = 2000,
     ) -> None:
@@ -103,11 +98,10 @@ class MetricsSource(_Direct):
         )
         self._max_series = max_series
         folders = {
-            name: SeriesFolder(needs_good=counters.good.narrows(counters.total) is None,
-                               counts=(counts or {}).get(name), max_series=max_series)
+            name: SeriesFolder(needs_good=counters.good.narrows(counters.total) is None, max_series=max_series)
             for name, counters in self._counters.items()
         }  # fmt: skip
-        super().__init__(Folders(folders, state=state), timeout_s=timeout_s)
+        super().__init__(Folders(folders), timeout_s=timeout_s)
 
     def read(self, now_s: float) -> Measured:
         """See :class:`~serving.sources.base.Source`."""
@@ -194,8 +188,6 @@ class EnvoySource(_Direct):
         url: str,
         objectives: Objectives,
         *,
-        state: object = None,
-        counts: Measured | None = None,
         timeout_s: float = 2.0,
     ) -> None:
         self._url = checked_url(url)
@@ -205,10 +197,7 @@ class EnvoySource(_Direct):
             for objective in objectives.objectives
             if isinstance(objective.counted, EnvoyCounters)
         }
-        folders = {
-            name: SeriesFolder(needs_good=True, counts=(counts or {}).get(name)) for name in self._counters
-        }  # fmt: skip
-        super().__init__(Folders(folders, state=state), timeout_s=timeout_s)
+        super().__init__(Folders({name: SeriesFolder(needs_good=True) for name in self._counters}), timeout_s=timeout_s)
 
     def read(self, now_s: float) -> Measured:
         """See :class:`~serving.sources.base.Source`."""

@@ -78,15 +78,9 @@ class PrometheusAccess:
 
 
 class PrometheusSource:
-    """Counts the objectives that say ``prometheus:``.
+    """Counts the objectives that say ``prometheus:``."""
 
-    ``state``: what an earlier source's :meth:`to_json` gave; ``counts``: what the last look recorded, where there is
-    no state (what happened between is lost then, and nothing counts twice).
-    """
-
-    def __init__(
-        self, access: PrometheusAccess, objectives: Objectives, *, state: object = None, counts: Measured | None = None
-    ) -> None:
+    def __init__(self, access: PrometheusAccess, objectives: Objectives) -> None:
         self.name = f"prometheus {checked_url(access.url)}"
         self.notes: Mapping[str, str] = {}
         self._access = access
@@ -99,10 +93,9 @@ class PrometheusSource:
         self._folders = Folders(
             {
                 name: SeriesFolder(needs_good=counters.good.narrows(counters.total) is None,
-                                   counts=(counts or {}).get(name), max_series=access.max_series)
+                                   max_series=access.max_series)
                 for name, counters in self._counters.items()
-            },
-            state=state,
+            }
         )  # fmt: skip
         self._client = httpx.Client(trust_env=False, follow_redirects=False)
         access.asked_with()
@@ -188,9 +181,6 @@ class PrometheusSource:
                 notes[name] = "no scrape yet" if age_s is None else f"the newest scrape is {age_s:.0f} s old"
         self.notes = notes
         return found
-
-    def to_json(self) -> dict[str, object]:
-        return self._folders.to_json()
 
     def close(self) -> None:
         self._client.close()

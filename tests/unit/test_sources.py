@@ -6,6 +6,7 @@ The real Prometheus and the real Envoy are in tests/local (test_prometheus.py, t
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endcap.errors import InputError, SourceError, StateError
+from endcap.errors import InputError, SourceError
 from endcap.evidence import Counts
 from endcap.objectives import CountedBy, EnvoyCounters, Good, Objective, Objectives, SeriesCounters
 from endcap.selectors import parse_selector
@@ -32,7 +33,6 @@ from serving.sources import (
     PrometheusAccess,
     PrometheusSource,
     Sources,
-    counts_of,
     envoy_attempts,
     measured,
     read_all,
@@ -321,23 +321,12 @@ def test_a_latency_objective_is_a_bucket_out_of_the_count() -> None:
         return 200, matrix((labels, [(90, "0"), (95, value), *([(97.0, "200")] if name == "rq_count" else [])]))
 
     with fake(answer) as served:
-        source = PrometheusSource(PrometheusAccess(served.url), declared, state={"began_s": 91.0, "objectives": {}})
+        source = PrometheusSource(PrometheusAccess(served.url), declared)
+        source._folders.began_s = 91.0  # as if its first look had been then
         # The count has a newer scrape than the bucket: what only one of them tells waits.
         assert source.read(100.0) == {"latency": {"7": Counts(90, 100)}}
         assert "where good has none" in source.notes["latency"]
         source.close()
-
-
-def test_a_killed_source_goes_on_where_its_state_was_kept() -> None:
-    with fake(lambda _: (200, matrix(rq("200", (98, "10"))))) as served:
-        first = prometheus(served.url)
-        first.read(100.0)
-        state = json.loads(json.dumps(first.to_json()))
-        first.close()
-        served.answer = lambda _: (200, matrix(rq("200", (98, "10"), (150, "25"))))
-        second = PrometheusSource(PrometheusAccess(served.url), objectives(errors=counters()), state=state)
-        assert second.read(152.0) == {"errors": {"7": Counts(15, 15)}}
-        second.close()
 
 
 def test_the_token_is_sent_and_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,24 +480,26 @@ def test_what_is_measured_joins_the_versions_that_the_target_knows() -> None:
     assert set(joined.versions) == {"7", "8"}
 
 
-def test_all_sources_together_go_on_from_their_state_and_fail_apart() -> None:
+def test_sources_together_fail_apart_and_say_what_they_lack() -> None:
     declared = objectives(errors=counters(), servers=counters(by=CountedBy.METRICS), attempts=EnvoyCounters("version-"))
-    with fake(lambda _: (200, matrix(rq("200", (99, "10"))))) as one, fake(lambda _: (200, exposed(5, 1))) as two:
+    shown = {"at_s": 99.0, "errors": "10"}
+    with (
+        fake(lambda _: (200, matrix(rq("200", (99, "10"), (shown["at_s"], shown["errors"]))))) as one,
+        fake(lambda _: (200, exposed(5, 1))) as two,
+    ):
         options: dict[str, Any] = {
-            "prometheus": PrometheusAccess(one.url), "endpoints": lambda: [MetricsEndpoint(two.url)],
+            "prometheus": PrometheusAccess(one.url, every_s=0.0), "endpoints": lambda: [MetricsEndpoint(two.url)],
             "envoy_url": two.url + "/nothing",
         }  # fmt: skip
-        first = Sources(declared, **options)
-        assert set(first.read(100.0).measured) == {"errors", "servers"}
-        state = json.loads(json.dumps(first.to_json()))
-        first.close()
-        one.answer = lambda _: (200, matrix(rq("200", (99, "10"), (101, "12"))))
+        ticks = itertools.count(1)
+        sources = Sources(declared, **options, clock=lambda: 1000.0 * next(ticks))
+        assert set(sources.read(100.0).measured) == {"errors", "servers"}
+        shown.update(at_s=101.0, errors="12")
         two.answer = lambda _: (500, b"")
-        second = Sources(declared, **options, state=state)
-        reading = second.read(102.0)
+        reading = sources.read(102.0)
         assert reading.measured == {"errors": {"7": Counts(2, 2)}}
         assert {"metrics", f"envoy {two.url}/nothing"} <= set(reading.notes)
-        second.close()
+        sources.close()
         for missing, says in (
             ("prometheus", "spec.prometheus.url"),
             ("endpoints", "servers show"),
@@ -516,17 +507,9 @@ def test_all_sources_together_go_on_from_their_state_and_fail_apart() -> None:
         ):
             with pytest.raises(InputError, match=says):
                 Sources(declared, **{**options, missing: None})
-        with pytest.raises(StateError, match="damaged"):
-            Sources(declared, **options, state=[])
 
 
 def test_objectives_that_the_target_counts_need_no_source() -> None:
     answered = Objective("availability", 0.99, Good.ANSWERED, None, None, 0.01, None)
     sources = Sources(Objectives("o", "s", (answered,)))
     assert sources.read(1.0).measured == {}
-    assert sources.to_json() == {}
-
-
-def test_what_the_last_look_recorded_is_found_again() -> None:
-    seen = Observation(1.0, {}, {"7": VersionObservation(measured={"a": Counts(1, 2)}), "8": VersionObservation()})
-    assert counts_of(seen) == {"a": {"7": Counts(1, 2)}}

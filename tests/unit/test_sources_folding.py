@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from endcap.errors import StateError
 from endcap.evidence import Counts
 from serving.sources.folding import Folders, Series, SeriesFolder
 
@@ -135,36 +134,12 @@ def test_good_that_was_read_a_moment_after_total_is_no_more_than_total() -> None
     assert folder.counts(since_s=0) == {"7": Counts(4, 4)}
 
 
-def test_the_state_is_small_and_a_source_goes_on_from_it() -> None:
-    first = Folders({"o": SeriesFolder(needs_good=False)})
-    first.fold("o", series([(0, both(90, 10))]), at_s=0)
-    state = json.loads(json.dumps(first.to_json()))
-    assert len(json.dumps(state)) < 400
-    for _ in range(2):  # killed after it read, before it kept anything: read again
-        second = Folders({"o": SeriesFolder(needs_good=False)}, state=state)
-        folder = second.fold("o", series([(0, both(90, 10)), (1, both(93, 11))]), at_s=1)
+def test_reading_the_same_again_counts_nothing_twice() -> None:
+    folders = Folders({"o": SeriesFolder(needs_good=False)})
+    folders.fold("o", series([(0, both(90, 10))]), at_s=0)
+    for _ in range(2):
+        folder = folders.fold("o", series([(0, both(90, 10)), (1, both(93, 11))]), at_s=1)
         assert folder.counts(since_s=0) == {"7": Counts(3, 4)}
-
-
-def test_without_a_state_counting_goes_on_from_what_the_last_look_recorded() -> None:
-    folder = SeriesFolder(needs_good=False, counts={"7": Counts(3, 4)})
-    folder.fold(series([(5, both(100, 20))]), began_s=5)
-    folder.fold(series([(6, both(101, 22))]), began_s=5)
-    assert folder.counts(since_s=0) == {"7": Counts(4, 7)}
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        [], {}, {"began_s": "x", "objectives": {}}, {"began_s": None, "objectives": {"o": 1}},
-        {"began_s": 1, "objectives": {"o": {"counts": {"7": [1]}, "processes": {}}}},
-        {"began_s": 1, "objectives": {"o": {"counts": {"7": [-1, 1]}, "processes": {}}}},
-        {"began_s": 1, "objectives": {"o": {"counts": {}, "processes": {"p": {"version": "7"}}}}},
-    ],
-)  # fmt: skip
-def test_a_damaged_state_is_an_error_and_not_a_fresh_start(state: object) -> None:
-    with pytest.raises(StateError, match="damaged"):
-        Folders({"o": SeriesFolder(needs_good=False)}, state=state)
 
 
 def test_memory_is_bounded_and_forgetting_invents_nothing() -> None:
@@ -172,9 +147,8 @@ def test_memory_is_bounded_and_forgetting_invents_nothing() -> None:
     for number in range(200):
         scrapes = [(float(number), both(1000, 1000)), (number + 0.5, both(1001, 1000))]
         folder.fold(series(scrapes, version=str(number % 50), process=str(number)), began_s=0)
-    state = folder.to_json()
-    assert len(state["processes"]) <= 5  # type: ignore[arg-type]
-    assert len(state["counts"]) <= 11  # type: ignore[arg-type]
+    assert len(folder._processes) <= 5
+    assert len(folder._sums) <= 11
     assert all(counts.total <= 4 for counts in folder.counts(since_s=0).values())
 
 
@@ -230,14 +204,13 @@ def brute_force(scrapes: Sequence[Scrape]) -> Counts:
 
 
 def read_in_parts(scrapes: Sequence[Scrape], cuts: Sequence[int], overlap: int) -> Counts:
-    """As a source would: overlapping windows, killed and resumed between any two reads, in any order of samples."""
+    """As a source would: overlapping windows, in any order of samples."""
     folders = Folders({"o": SeriesFolder(needs_good=False)})
     for end in sorted({min(cut, len(scrapes)) for cut in cuts} | {len(scrapes)}):
         begin = 0 if folders.began_s is None else max(0, end - overlap)
         # Never more than the window lacks: what was not read yet is always in it.
         begin = min(begin, next((i for i, (at_s, _) in enumerate(scrapes) if at_s > (last_s(folders) or 0)), begin))
         folders.fold("o", reversed(series(scrapes[begin:end])), at_s=0.0)
-        folders = Folders({"o": SeriesFolder(needs_good=False)}, state=json.loads(json.dumps(folders.to_json())))
     return folders.by_name["o"].counts(since_s=-1).get("7", Counts())
 
 
@@ -283,4 +256,3 @@ def test_no_samples_break_it_and_good_is_never_more_than_total(found: list[Serie
         folder.fold(found, began_s=0)
     for counts in folder.counts(since_s=-INF).values():
         assert 0 <= counts.good <= counts.total
-    Folders({"o": SeriesFolder(needs_good=needs_good)}, state={"began_s": 0.0, "objectives": {"o": folder.to_json()}})

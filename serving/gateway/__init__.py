@@ -8,13 +8,16 @@ from serving.gateway.settings import (
     Endpoint,
     GatewaySettings,
     Routing,
+    Traces,
     VersionEndpoints,
     cluster_name,
     shadow_name,
+    traces_of,
     weights,
 )
 
 __all__ = [
     "AdminClient", "Copies", "Endpoint", "Envoy", "GatewaySettings", "HostHealth", "Mark", "Routing",
-    "Tail", "Tally", "TallyCounts", "VersionCounts", "VersionEndpoints", "cluster_name", "shadow_name", "weights",
+    "Tail", "Tally", "TallyCounts", "Traces", "VersionCounts", "VersionEndpoints", "cluster_name", "shadow_name",
+    "traces_of", "weights",
 ]  # fmt: skip

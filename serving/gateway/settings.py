@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from endcap.errors import InputError
+from serving.tracing import traces_endpoint
 
 __all__ = [
-    "TOTAL_WEIGHT", "Copies", "Endpoint", "GatewaySettings", "Routing", "VersionEndpoints", "cluster_name", "label_of",
-    "shadow_name", "weights",
+    "TOTAL_WEIGHT", "Copies", "Endpoint", "GatewaySettings", "Routing", "Traces", "VersionEndpoints", "cluster_name",
+    "label_of", "shadow_name", "traces_of", "weights",
 ]  # fmt: skip
 
 TOTAL_WEIGHT = 10_000
@@ -61,6 +63,45 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class Traces:
+    """Where the gateway's spans go, by OTLP over plain HTTP. ``share``: of the requests that come without a trace."""
+
+    host: str
+    port: int
+    path: str
+    share: float = 1.0
+    service: str = "endcap-gateway"
+
+
+def traces_of(environ: Mapping[str, str]) -> Traces | None:
+    """What OpenTelemetry's variables say to the gateway; None: it passes ``traceparent`` on and makes no spans.
+
+    Raises:
+        InputError: as :func:`serving.tracing.traces_endpoint`, or the address is not plain HTTP, or the sampler's
+            share is none.
+    """
+    endpoint = traces_endpoint(environ)
+    if endpoint is None:
+        return None
+    parts = urlsplit(endpoint)
+    if parts.scheme != "http":
+        raise InputError("the gateway sends its spans over plain HTTP alone", where="OTEL_EXPORTER_OTLP_ENDPOINT",
+                         next_step="name a collector on this machine")  # fmt: skip
+    sampler, given = environ.get("OTEL_TRACES_SAMPLER", ""), environ.get("OTEL_TRACES_SAMPLER_ARG", "")
+    share = 1.0
+    if sampler.endswith("always_off"):
+        share = 0.0
+    elif sampler.endswith("traceidratio") and given:
+        try:
+            share = float(given)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise InputError(f"{given!r} is no share", where="OTEL_TRACES_SAMPLER_ARG", next_step="0 to 1")
+    return Traces(str(parts.hostname), parts.port or 80, parts.path or "/", share)
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """How the gateway behaves. Times are in seconds.
 
@@ -105,6 +146,7 @@ class GatewaySettings:
     """Set on a request that a shadow gets a copy of, and on the copy: both servers then log their answers."""
     shadow_header: str = "x-endcap-shadow"
     """Set on the copy alone."""
+    traces: Traces | None = None
 
     def patient_for(self, thresholds_ms: Sequence[int]) -> GatewaySettings:
         """These settings, with tries long enough to tell whether an answer keeps to each threshold."""

@@ -16,6 +16,7 @@ from serving.gateway.settings import (
     Endpoint,
     GatewaySettings,
     Routing,
+    Traces,
     VersionEndpoints,
     cluster_name,
     shadow_name,
@@ -28,6 +29,7 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 
 ROUTES = "gateway"
 FEEDBACK = "feedback"
+TRACES = "traces"
 _API = "type.googleapis.com/envoy"
 _RETRY_ON = "5xx,reset,connect-failure,refused-stream"
 
@@ -122,10 +124,15 @@ def bootstrap(settings: GatewaySettings, *, admin_port: int = 0) -> JsonObject:
         "stream_idle_timeout": "30s",
         "common_http_protocol_options": {"idle_timeout": "300s"},
     }
+    collectors: list[JsonValue] = []
+    if settings.traces is not None:
+        manager["tracing"] = _tracing(settings.traces)
+        collectors.append(_trace_collector(settings.traces))
     return {
         "node": {"id": "endcap-gateway", "cluster": "endcap"},
         "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin_port}}},
         "static_resources": {
+            "clusters": collectors,
             "listeners": [
                 {
                     "name": "gateway",
@@ -143,7 +150,7 @@ def bootstrap(settings: GatewaySettings, *, admin_port: int = 0) -> JsonObject:
                         }
                     ],
                 }
-            ]
+            ],
         },
         "dynamic_resources": {"cds_config": _watched(clusters_file(settings))},
         "overload_manager": {
@@ -156,6 +163,40 @@ def bootstrap(settings: GatewaySettings, *, admin_port: int = 0) -> JsonObject:
                     },
                 }
             ]
+        },
+    }
+
+
+def _tracing(traces: Traces) -> JsonObject:
+    """A span for the request and one for each attempt, which is the parent of the model server's."""
+    url = f"http://{_in_url(traces.host)}:{traces.port}{traces.path}"
+    return {
+        "random_sampling": {"value": 100 * traces.share},
+        "spawn_upstream_span": True,
+        "provider": {
+            "name": "envoy.tracers.opentelemetry",
+            "typed_config": {
+                "@type": f"{_API}.config.trace.v3.OpenTelemetryConfig",
+                "service_name": traces.service,
+                "http_service": {"http_uri": {"uri": url, "cluster": TRACES, "timeout": "1s"}},
+            },
+        },
+    }
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _trace_collector(traces: Traces) -> JsonObject:
+    address: JsonObject = {"socket_address": {"address": traces.host, "port_value": traces.port}}
+    return {
+        "name": TRACES,
+        "type": "STRICT_DNS",
+        "connect_timeout": "0.250s",
+        "load_assignment": {
+            "cluster_name": TRACES,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
         },
     }
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import os
 import re
 import socket
 import sys
@@ -19,6 +20,7 @@ from serving import impressions
 from serving.asgi import DrainingServer, listen, one_line
 from serving.server import workers
 from serving.server.answers import AnswerLog
+from serving.tracing import traces_endpoint
 from serving.watched import Watched, keep_fresh
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     several = arguments.processes > 1
     try:
+        traced = traces_endpoint(os.environ) is not None
         keys = impressions.watched_keys(arguments.impression_key) if arguments.impression_key else None
         _check(arguments)
         if several:
@@ -111,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
 
+    if traced:
+        from serving.spans import Tracing  # before the fork: workers share what it takes
     from serving.server.app import Replica, ServerApp
     from serving.server.cache import open_cache
     from serving.server.engine import cores, on_gpu
@@ -170,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def serve(listener: socket.socket) -> int:
         """Until told to end; with a loaded package, or loading it first while health answers 503."""
+        if traced:
+            app.tracing = Tracing("endcap-server", {"service.version": arguments.version,
+                                                    "endcap.zone": arguments.zone})  # fmt: skip
         tasks: list[asyncio.Task[None]] = []
         beside: list[GrpcServer] = []
 
@@ -178,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             from serving.server.grpc_server import GrpcServer
 
             grpc = GrpcServer(AppBackend(app, version=arguments.version), host=arguments.host,
-                              port=arguments.grpc_port, reuse_port=several)  # fmt: skip
+                              port=arguments.grpc_port, reuse_port=several, tracing=app.tracing)  # fmt: skip
             try:
                 await grpc.start()
             except EndcapError as error:
@@ -215,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
             app.service.close()
         if answers is not None:
             answers.close()
+        if app.tracing is not None:
+            app.tracing.close()
         return code
 
     if not several:
@@ -262,8 +272,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     # A run that hangs in the graph must not hold the process when everything else has ended.
-    import os
-
     exit_code = main()
     sys.stderr.flush()
     os._exit(exit_code)

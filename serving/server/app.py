@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -29,7 +30,11 @@ from serving.server.repository import (
     UnloadableError,
 )
 from serving.server.service import OverloadedError, Priority, Service
+from serving.tracing import CURRENT
 from serving.watched import Watched
+
+if TYPE_CHECKING:
+    from serving.spans import Tracing
 
 __all__ = ["Asked", "NotReadyError", "Replica", "ServerApp", "UnknownModelError", "status_of"]
 
@@ -38,6 +43,9 @@ log = logging.getLogger("serving.server")
 RECOMMEND_PATH = "/v1/recommend"
 _MAX_REQUEST_ID = 128
 _NOTHING = Recommendation([], [])
+_TEMPLATES = {"recommend": RECOMMEND_PATH, "shadow": RECOMMEND_PATH, "infer": "/v2/models/{model}/infer",
+              "predict": "/v1/models/{model}:predict"}  # fmt: skip
+"""What a span calls a route: a path may hold what a client makes up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,8 @@ class ServerApp:
         now_s: Callable[[], float] = time.time,
     ) -> None:
         self.draining = False
+        self.tracing: Tracing | None = None
+        """What traces requests; None: nothing does. To be set once, before the first request."""
         self.metrics = metrics or ServerMetrics(replica.version)
         self._replica = replica
         self._key = impression_key
@@ -189,9 +199,12 @@ class ServerApp:
         path: str = scope["path"]
         if path == RECOMMEND_PATH:
             asked = Asked.of(scope)
-            await self._measured("shadow" if asked.shadow else "recommend", asked, scope, receive, send)
-        elif (route := tensor_routes.route_of(path)) is not None:
-            await self._measured(route, Asked.of(scope), scope, receive, send)
+            route = "shadow" if asked.shadow else "recommend"
+            answer = self._measured if self.tracing is None else self._traced
+            await answer(route, asked, scope, receive, send)
+        elif (found := tensor_routes.route_of(path)) is not None:
+            answer = self._measured if self.tracing is None else self._traced
+            await answer(found, Asked.of(scope), scope, receive, send)
         elif path.startswith(REPOSITORY_PATH) and scope["method"] == "POST":
             await self._repository(path, scope, send)
         else:
@@ -209,6 +222,22 @@ class ServerApp:
         headers = self._draining_headers if self.draining else self._headers
         await asgi.send_answer(send, status, body, (*headers, *more) if more else headers, content_type=content_type)
 
+    async def _traced(self, route: str, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
+        """:meth:`_measured` in a span of its own, which its parts tell the current trace of."""
+        assert self.tracing is not None  # noqa: S101 - who calls this looked
+        template = _TEMPLATES[route]
+        said = {"http.request.method": scope["method"], "http.route": template, "endcap.route": route}
+        with self.tracing.request(f"{scope['method']} {template}", scope["headers"], said) as trace:
+
+            async def answer(message: MutableMapping[str, Any]) -> None:
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                    trace.ended({"http.response.status_code": status}, fault=str(status) if status >= 500 else None)
+                    message["headers"].append((b"traceresponse", trace.traceresponse))
+                await send(message)
+
+            await self._measured(route, asked, scope, receive, answer)
+
     async def _measured(self, route: str, asked: Asked, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request of a model and count it, whatever happens."""
         begun_s = time.perf_counter()
@@ -225,6 +254,8 @@ class ServerApp:
                                     next_step="try another replica, or later")  # fmt: skip
             service.admit(asked.priority)  # what would be turned away is not even read
             body = await asgi.read_body(scope, receive)
+            if self.tracing is not None and (trace := CURRENT.get()) is not None:
+                trace.add("admission", begun_s, time.perf_counter(), waiting=service.batcher.waiting)
             begun_s = time.perf_counter()
             if route in tensor_routes.ROUTES:
                 found = await tensor_routes.ask(route, service, scope, body, asked, version=self._replica.version)

@@ -29,6 +29,7 @@ from endcap.errors import EndcapError
 from serving.server.engine import Engine, GraphError, GraphTimeoutError, Tensors, Ticket
 from serving.server.overload import AdaptiveLimit, CostModel
 from serving.server.shapes import BatchShape, Extent
+from serving.tracing import CURRENT
 
 __all__ = ["Batcher", "Limits", "Observer", "OverloadedError", "Priority"]
 
@@ -92,7 +93,7 @@ class OverloadedError(EndcapError):
 
 class _Request:
     __slots__ = ("alone", "asked_s", "batch", "deadline_s", "extent", "future", "inputs", "limit_s", "priority",
-                 "threaded", "timer")  # fmt: skip
+                 "threaded", "timer", "trace")  # fmt: skip
 
     def __init__(self, inputs: Tensors, extent: Extent, priority: Priority, now_s: float, limit_s: float,
                  future: asyncio.Future[Outputs]) -> None:  # fmt: skip
@@ -107,12 +108,14 @@ class _Request:
         self.threaded = False
         self.timer: asyncio.TimerHandle | None = None
         self.batch: _Batch | None = None
+        self.trace = CURRENT.get()
 
 
 class _Batch:
     """Requests of one run. ``open``: of them, those that someone still waits for."""
 
-    __slots__ = ("cpu_s", "expected_s", "open", "overdue", "requests", "rows", "split", "ticket", "timer", "tokens")
+    __slots__ = ("begun_s", "cpu_s", "expected_s", "open", "overdue", "requests", "rows", "split", "ticket", "timer",
+                 "tokens")  # fmt: skip
 
     def __init__(self, requests: list[_Request], tokens: int, expected_s: float, ticket: Ticket) -> None:
         self.requests = requests
@@ -120,6 +123,7 @@ class _Batch:
         self.tokens = tokens
         self.expected_s = expected_s
         self.ticket = ticket
+        self.begun_s = 0.0
         self.cpu_s = 0.0
         self.open = len(requests)
         self.overdue = False
@@ -354,7 +358,7 @@ class Batcher:
 
     def _run(self, batch: _Batch) -> tuple[list[Outputs] | None, GraphError | None, float]:
         """Blocks; on any thread. The batch keeps what it took of this thread's processor time."""
-        begun_s = time.perf_counter()
+        batch.begun_s = begun_s = time.perf_counter()
         begun_cpu_s = time.thread_time()
         try:
             outputs = self._engine.run(self._shape.join([one.inputs for one in batch.requests]), batch.ticket)
@@ -430,6 +434,10 @@ class Batcher:
         for request, part in zip(batch.requests, parts, strict=True):
             request.batch = None
             if not request.future.done():
+                if request.trace is not None:
+                    request.trace.add("queue", request.asked_s, batch.begun_s)
+                    request.trace.add("graph", batch.begun_s, batch.begun_s + took_s,
+                                      **{"batch.rows": batch.rows, "batch.requests": len(batch.requests)})  # fmt: skip
                 request.future.set_result(part)
 
     def _again(self, batch: _Batch, *, threaded: bool) -> None:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from endcap.errors import InputError
 from serving.server.recommend import FALLBACK_FILLED, FALLBACK_POPULAR, Asked, Recommendation
+from serving.tracing import CURRENT
 
 __all__ = [
     "MAX_VALUE_BYTES", "AnswerCache", "Codec", "Counted", "Counts", "DamagedError", "Identity", "MemoryStore",
@@ -157,11 +158,15 @@ class AnswerCache:
     async def answer(self, key: bytes, make: Callable[[], Awaitable[T]], codec: Codec[T], *,
                      within_s: float = math.inf) -> T:  # fmt: skip
         """The answer of ``key``. Raises what ``make`` raises, and TimeoutError when another's took too long."""
+        trace = CURRENT.get()
+        begun_s = 0.0 if trace is None else time.perf_counter()
         flight = self._flights.get(key)
         if flight is not None:
             self._counts["joined"].inc()
             async with asyncio.timeout(within_s if within_s < math.inf else None):
                 await asyncio.wait([flight])
+            if trace is not None:
+                trace.add("cache", begun_s, time.perf_counter(), result="joined")
             if not flight.cancelled() and flight.exception() is None:
                 joined: T = flight.result()
                 return joined
@@ -171,6 +176,8 @@ class AnswerCache:
         self._flights[key] = flight
         try:
             found, renew = await self._find(key, codec)
+            if trace is not None:
+                trace.add("cache", begun_s, time.perf_counter(), result="miss" if found is None else "hit")
             if found is None:
                 self._counts["miss"].inc()
                 value = await self._make(key, make, codec)

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -26,6 +26,10 @@ from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest
 from serving.asgi import MAX_BODY_BYTES, Headers
 from serving.server import grpc_messages, http2, oip, tensors
+from serving.tracing import CURRENT
+
+if TYPE_CHECKING:
+    from serving.spans import Tracing
 
 __all__ = ["Backend", "Call", "GrpcInfer", "GrpcServer", "format_infer", "parse_infer"]
 
@@ -47,6 +51,9 @@ _SWEEP_S = 15.0
 _REQUEST_S = 60.0
 """A request that has not come whole by then (at the next sweep) is cancelled."""
 _INFER = f"/{grpc_messages.SERVICE}/ModelInfer"
+_RPC = {"rpc.system": "grpc", "rpc.service": grpc_messages.SERVICE, "rpc.method": "ModelInfer", "endcap.route": "grpc"}
+_FAULTS = (4, 13, 14)
+"""Of the statuses, those that are the server's doing: DEADLINE_EXCEEDED, INTERNAL, UNAVAILABLE."""
 _HEALTH = "/grpc.health.v1.Health/Check"
 _SERVING, _NOT_SERVING = b"\x08\x01", b"\x08\x02"
 _ASKED_OF_HEALTH = (b"", b"\x0a\x00", b"\x0a" + bytes([len(grpc_messages.SERVICE)]) + grpc_messages.SERVICE.encode())
@@ -196,15 +203,17 @@ class GrpcServer:
         port: 0: any free one.
         max_bytes: of a message.
         reuse_port: several processes share the port.
+        tracing: what traces calls for a run of the graph; None: nothing does.
     """
 
     def __init__(self, backend: Backend, *, host: str, port: int, max_bytes: int = MAX_BODY_BYTES,
-                 reuse_port: bool = False) -> None:  # fmt: skip
+                 reuse_port: bool = False, tracing: Tracing | None = None) -> None:  # fmt: skip
         self.port = port
         self._backend = backend
         self._host = host
         self._limits = http2.Limits(message_bytes=max_bytes)
         self._reuse_port = reuse_port
+        self._tracing = tracing
         self._methods = self._handlers()
         self._connections: set[http2.Connection] = set()
         self._server: asyncio.Server | None = None
@@ -254,7 +263,7 @@ class GrpcServer:
             http2.Refused: it ends with a status other than OK.
         """
         if request.path == _INFER:
-            return await self._infer(request)
+            return await (self._infer(request) if self._tracing is None else self._traced(self._tracing, request))
         handler = self._methods.get(request.path)
         if handler is None:
             raise http2.Refused(http2.UNIMPLEMENTED, "no such method")
@@ -265,11 +274,25 @@ class GrpcServer:
         except EndcapError as error:
             raise self._refused(error, self._backend.status_of(error)[0]) from None
 
+    async def _traced(self, tracing: Tracing, request: http2.Request) -> bytes:
+        """:meth:`_infer` in a span of its own."""
+        with tracing.request(_INFER[1:], request.headers, _RPC) as trace:
+            try:
+                answer = await self._infer(request)
+            except http2.Refused as refused:
+                ours = str(refused.code) if refused.code in _FAULTS else None
+                trace.ended({"rpc.grpc.status_code": refused.code}, fault=ours)
+                raise
+            trace.ended({"rpc.grpc.status_code": 0})
+            return answer
+
     async def _infer(self, request: http2.Request) -> bytes:
         begun_s = time.perf_counter()
         backend = self._backend
         try:
             call = backend.admit(request.headers, within_s=max(0.0, request.until_s - time.monotonic()))
+            if self._tracing is not None and (trace := CURRENT.get()) is not None:
+                trace.add("admission", begun_s, time.perf_counter())
             asked = parse_infer(request.message, call.manifest, version=backend.version)
             outputs = await call.infer(asked.inputs)
             answer = format_infer(asked, outputs, call.manifest, version=backend.version)

@@ -20,8 +20,9 @@ from serving.server.batching import Batcher, Limits, OverloadedError, Priority
 from serving.server.cache import AnswerCache, Codec, Identity, outputs_codec, recommendation_codec
 from serving.server.engine import DTYPES, Engine, GraphTimeoutError, Tensors, cores, load_engine, verify, warm_up
 from serving.server.overload import CostModel
-from serving.server.recommend import Catalogue, Recommendation, RecommendRequest, history_tensor, read_catalogue
+from serving.server.recommend import Asked, Catalogue, Recommendation, RecommendRequest, history_tensor, read_catalogue
 from serving.server.shapes import BatchShape
+from serving.tracing import CURRENT
 
 __all__ = ["MAX_ROWS", "Limits", "OverloadedError", "Priority", "Service", "load_service"]
 
@@ -127,13 +128,13 @@ class Service:
             raise InputError(f"{self.manifest.name} is a {self.manifest.task}, not a recommender", where="model")
         asked = catalogue.ask(request)
         if not asked.known:
-            return catalogue.recommend(asked)
+            return _steps(catalogue, asked, None)
         tensor = history_tensor(asked.known, self.manifest)
         name = self.manifest.inputs[0].name
 
         async def run() -> Recommendation:
             outputs = await self.batcher.infer({name: tensor}, within_s=within_s, priority=priority)
-            return catalogue.recommend(asked, outputs["items"][0], outputs["scores"][0])
+            return _steps(catalogue, asked, outputs)
 
         if self.cache is None or self.identity is None or request.explain:
             return await run()
@@ -151,6 +152,19 @@ class Service:
     def close(self) -> None:
         """Let go of the batcher's threads."""
         self.batcher.close()
+
+
+def _steps(catalogue: Catalogue, asked: Asked, outputs: Tensors | None) -> Recommendation:
+    """What the recommender's steps make of the graph's outputs; None: it was not asked."""
+    trace = CURRENT.get()
+    begun_s = 0.0 if trace is None else time.perf_counter()
+    if outputs is None:
+        found = catalogue.recommend(asked)
+    else:
+        found = catalogue.recommend(asked, outputs["items"][0], outputs["scores"][0])
+    if trace is not None:
+        trace.add("steps", begun_s, time.perf_counter(), fallback=found.fallback or "none")
+    return found
 
 
 def load_service(folder: Path, public_key: Path, *, variant: str = "float32", limits: Limits | None = None,

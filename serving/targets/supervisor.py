@@ -23,7 +23,7 @@ from endcap.errors import EndcapError, StorageError, TargetError
 from endcap.files import FolderLock, JsonLines, write_json
 from endcap.processes import bind_to_parent
 from serving.asgi import listen
-from serving.gateway import Envoy, GatewaySettings, TallyCounts, VersionCounts
+from serving.gateway import Envoy, GatewaySettings, TallyCounts, VersionCounts, traces_of
 from serving.impressions import ensure_key
 from serving.targets.base import Counts, ModelVersion, Observation, ShadowObservation, VersionObservation
 from serving.targets.children import exit_of
@@ -70,7 +70,12 @@ class Supervisor:
         self._events = JsonLines(config.records / "target.jsonl")
         port = config.gateway_port or _still_free(config.host, kept.gateway_port if kept else 0)
         settings = GatewaySettings(
-            config.folder / "xds", config.records, zones=config.zones, host=config.host, port=port
+            config.folder / "xds",
+            config.records,
+            zones=config.zones,
+            host=config.host,
+            port=port,
+            traces=traces_of(os.environ),
         ).patient_for(config.thresholds_ms)
         if kept is None:
             kept = Kept(attempts_offset=_size(settings.attempts_log), access_offset=_size(settings.access_log))

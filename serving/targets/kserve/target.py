@@ -1,0 +1,494 @@
+"""The second adapter: an InferenceService of KServe's in Standard mode, behind the Gateway API.
+
+Every write is a server-side apply of the fields that are ours, on the very object that the fence was read in: a writer
+that slept while another acquired the service is refused by the API server. What is to be written next is planned in
+:mod:`serving.targets.kserve.plan`; nothing is kept here that a new process would miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from endcap.errors import CapacityError, EndcapError, FencedError, InputError, TargetError, VerificationError
+from serving.targets.base import ModelVersion, Observation, StickyKey
+from serving.targets.kserve import plan
+from serving.targets.kserve.cluster import Cluster, Json, path_of
+from serving.targets.kserve.delivery import Delivery
+from serving.targets.kserve.errors import ConflictError, Reason, RefusedError, ServiceError
+from serving.targets.kserve.names import (
+    BASELINE,
+    FENCE_ANNOTATION,
+    ISVC_LABEL,
+    REST_ANNOTATION,
+    VERSION_LABEL,
+    lease_name,
+    predictor_name,
+    workload_name,
+)
+from serving.targets.kserve.plan import Predictor, Sizing, Spec, There
+from serving.targets.kserve.reading import (
+    Record,
+    Service,
+    body_of,
+    read_record,
+    read_service,
+    trouble_of,
+    weights_of,
+    workload_of,
+)
+from serving.targets.kserve.telemetry import NoTelemetry, Telemetry
+from serving.targets.kserve.waits import Patience
+
+__all__ = ["KServeTarget"]
+
+log = logging.getLogger("endcap.target")
+_TRIES = 20
+"""Of a write that finds the object changed: KServe writes its status all the time while pods come and go."""
+_PACKAGE_EXIT = VerificationError.exit_code
+
+
+class KServeTarget:
+    """One service. Implements :class:`serving.targets.base.Target`; safe to use from one thread at a time.
+
+    ``delivery`` says where versions lie that are not served yet. ``fallback_runtime``: what serves a version that finds
+    no GPU node (its latency is then judged as it is).
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        service: str,
+        namespace: str,
+        delivery: Delivery,
+        *,
+        telemetry: Telemetry | None = None,
+        sizing: Sizing = Sizing(),  # noqa: B008 - frozen
+        patience: Patience = Patience(),  # noqa: B008 - frozen
+        fallback_runtime: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.service, self.namespace = service, namespace
+        self._cluster, self._delivery = cluster, delivery
+        self._telemetry: Telemetry = telemetry or NoTelemetry()
+        self._sizing, self._patience, self._fallback = sizing, patience, fallback_runtime
+        self._clock = clock
+        self._where = f"inferenceservice {namespace}/{service}"
+
+    # ---- what may be asked ----
+
+    def acquire(self, holder: str) -> int:
+        """See :class:`~serving.targets.base.Target`.
+
+        Raises:
+            ServiceError: there is nothing here that a rollout could be done on; nothing was changed.
+        """
+        self.check()
+        for _ in range(_TRIES):
+            lease, service = self._lease(), self._read()
+            token = max(_transitions(lease), service.token) + 1
+            spec = {"holderIdentity": holder[:200], "leaseTransitions": token, "acquireTime": _micro(self._clock())}
+            try:
+                if lease is None:
+                    self._cluster.create(path_of("leases", self.namespace), self._new_lease(spec))
+                else:
+                    self._cluster.replace(self._lease_path, {**lease, "spec": {**(lease.get("spec") or {}), **spec}})
+                self._cluster.merge(
+                    f"{self._path}/status",
+                    {"metadata": {"resourceVersion": service.resource_version},
+                     "status": {"annotations": {FENCE_ANNOTATION: str(token)}}},
+                )  # fmt: skip
+            except ConflictError:
+                self._patience.sleep(0.05)
+                continue
+            return token
+        raise TargetError("it is written too often for a token to be taken", where=self._where)
+
+    def check(self) -> None:
+        """What has to be there before anything is changed.
+
+        Raises:
+            ServiceError: something of it is not; it says what, and what to do.
+        """
+        service = self._read()
+        routes = self._cluster.items(path_of("httproutes", self.namespace), limit="1")
+        if routes is None:
+            raise ServiceError(Reason.NO_GATEWAY_API, "the cluster has no Gateway API (no HTTPRoutes)",
+                               where=self._where, next_step="install the Gateway API's CRDs and a gateway, and tell "
+                               "KServe: enableGatewayApi: true in its ConfigMap inferenceservice-config")  # fmt: skip
+        if not service.own_route and service.is_ready and self._route() is None:
+            raise ServiceError(Reason.GATEWAY_API_OFF, "the service is ready and KServe made it no HTTPRoute",
+                               where=self._where, next_step="set enableGatewayApi: true in KServe's ConfigMap "
+                               "inferenceservice-config (section ingress), and restart its controller")  # fmt: skip
+
+    def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
+        """See :class:`~serving.targets.base.Target`."""
+        by_label = {version.label: share for version, share in shares.items()}
+        there, _ = self._there(token)
+        before = there.spec
+        versions = self._predictors(by_label, there)
+        needed = plan.needs(there, by_label, self._sizing)
+        try:
+            self._grow(token, versions, needed, back=set(by_label) == {there.spec.stable.label})
+        except FencedError:
+            raise
+        except EndcapError:
+            self._undo(before, token)
+            raise
+        with contextlib.suppress(EndcapError):
+            self._telemetry.read(self._service_pods())  # counting begins before the first request
+
+    def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
+        """See :class:`~serving.targets.base.Target`."""
+        if sticky is not None:
+            raise InputError("KServe's routes cannot keep shoppers to a version",
+                             next_step="leave sticky out, or serve the service by a route of endcap's")  # fmt: skip
+        by_label = {version.label: share for version, share in shares.items() if share > 0}
+        there, _ = self._there(token)
+        given = plan.percents(by_label, there.spec.stable.label)
+        self._until_served([label for label, percent in given.items() if percent > 0], token)
+        back = set(by_label) == {there.spec.stable.label}
+        self._write(token, lambda now: plan.share_out(now, given, self._sizing, trim=False), back=back)
+        self._until_routed(given, token)
+        self._write(token, lambda now: plan.share_out(now, given, self._sizing, trim=True), back=back)
+
+    def set_shadow(self, version: ModelVersion | None, *, share: float = 0.0, token: int) -> None:
+        """See :class:`~serving.targets.base.Target`. KServe's routes copy no requests."""
+        self._there(token)
+        if version is not None:
+            raise InputError("KServe's routes cannot copy requests to a version",
+                             next_step="leave the shadow out, or serve the service by a route of endcap's")  # fmt: skip
+
+    def retire(self, label: str, *, token: int) -> None:
+        """See :class:`~serving.targets.base.Target`. That of stable, when a canary has all the traffic, promotes it."""
+        there, _ = self._there(token, back=True)
+        canary = there.spec.canary(label)
+        if there.spec.stable.label == label:
+            self._until_served([one.predictor.label for one in there.spec.canaries if one.percent == 100], token)
+            self._write(token, plan.promote)
+            self._until_gone(there.spec.stable, token)
+        elif canary is not None:
+            self._write(token, lambda now: plan.retire(now, label), back=True)
+            self._until_gone(canary.predictor, token)
+
+    def observe(self, *, shoppers_since_s: float | None = None) -> Observation:
+        """See :class:`~serving.targets.base.Target`. ``shares`` are those set; who received what is counted."""
+        there, _ = self._now()
+        spec = there.spec
+        labels = [spec.stable.label, *(canary.predictor.label for canary in spec.canaries)]
+        counted = self._telemetry.observe(self._service_pods(), shoppers_since_s=shoppers_since_s)
+        versions = {}
+        for label in dict.fromkeys([*counted.versions, *labels]):
+            canary, workload = spec.canary(label), there.workloads.get(label)
+            versions[label] = replace(
+                counted.version(label),
+                ready_replicas=0 if workload is None else workload.serving,
+                replicas=canary.replicas if canary else 0 if workload is None else workload.wanted,
+            )
+        shares = {label: percent / 100 for label, percent in spec.percents.items() if percent > 0}
+        return Observation(self._clock(), shares, versions, counted.outcomes, counted.window_s)
+
+    # ---- the ways of these ----
+
+    def _predictors(self, shares: Mapping[str, float], there: There) -> dict[str, Predictor]:
+        """The versions of ``shares`` as predictors; those that are served already as they are."""
+        stable, found = there.spec.stable, {}
+        for label, share in shares.items():
+            canary = there.spec.canary(label)
+            if label == stable.label or share <= 0:
+                continue
+            if canary is not None:
+                found[label] = canary.predictor
+                continue
+            uri = stable.storage_uri if label == stable.label + BASELINE else self._delivery.storage(label).uri
+            found[label] = Predictor(label, predictor_name(self.service, label), uri, stable.runtime)
+        return found
+
+    def _grow(self, token: int, versions: Mapping[str, Predictor], needed: Mapping[str, int], *, back: bool) -> None:
+        fresh = dict(versions)
+
+        def look() -> bool | None:
+            there, service = self._there(token, back=back)
+            wish = plan.grow(there, fresh, needed)
+            if wish != there.spec:
+                self._apply(service, wish, token)
+                return None
+            if not plan.short_of(there, needed):
+                return True
+            self._check_starting(there, needed)
+            return None
+
+        patience = self._patience
+        if patience.until(lambda: _retried(look), within_s=patience.capacity_s):
+            return
+        there, _ = self._there(token, back=back)
+        missing = plan.short_of(there, needed)
+        if not missing:
+            return
+        label = next(iter(missing))
+        reason, _, _ = trouble_of(self._pods_of(there.spec, label))
+        raise CapacityError(
+            f"version {label} has {there.available(label)} of {needed[label]} replicas after "
+            f"{patience.capacity_s:g} s: {_readable(reason)}", where=self._where,
+            next_step="see kubectl describe pods -l " + f"{VERSION_LABEL}={label}",
+        )  # fmt: skip
+
+    def _check_starting(self, there: There, needed: Mapping[str, int]) -> None:
+        """Give up at once on a server that ends while it starts, however long one may wait for a node."""
+        for label in plan.short_of(there, needed):
+            reason, restarts, code = trouble_of(self._pods_of(there.spec, label))
+            if code is None or restarts < self._patience.restarts:
+                continue
+            kind = VerificationError if code == _PACKAGE_EXIT else CapacityError
+            raise kind(f"version {label} does not start: {reason}", where=self._where,
+                       next_step=f"see kubectl logs --previous -l {VERSION_LABEL}={label}")  # fmt: skip
+
+    def _undo(self, before: Spec, token: int) -> None:
+        """Take back what an attempt at capacity asked for; shares were never touched."""
+        known = {canary.predictor.label: canary for canary in before.canaries}
+
+        def smaller(now: There) -> Spec:
+            spec = now.spec
+            for canary in spec.canaries:
+                label = canary.predictor.label
+                if label not in known and canary.percent == 0:
+                    spec = plan.retire(replace(now, spec=spec), label)
+                elif label in known and canary.replicas > known[label].replicas:
+                    canaries = tuple(known[label] if one is canary else one for one in spec.canaries)
+                    spec = replace(spec, canaries=canaries, min_replicas=before.min_replicas,
+                                   max_replicas=before.max_replicas)  # fmt: skip
+            return spec
+
+        try:
+            self._write(token, smaller, back=True)
+        except EndcapError as error:  # the first error is the one to report
+            log.error("what was asked for could not be taken back: %s", error)
+
+    def _until_served(self, labels: list[str], token: int) -> None:
+        """Each version that is to get requests has a pod that KServe sends them to: else stable gets them, silently."""
+
+        def look() -> There | None:
+            there, _ = self._there(token, back=True)
+            stable = there.spec.stable.label
+            ok = all(there.available(one) > 0 and (one == stable or one in there.ready) for one in labels)
+            return there if ok else None
+
+        if self._patience.until(look, within_s=self._patience.healthy_s) is None:
+            there, _ = self._there(token, back=True)
+            held = (*there.ready, there.spec.stable.label)
+            short = [one for one in labels if there.available(one) == 0 or one not in held]
+            raise CapacityError(f"version {', '.join(short or labels)} has no ready replica", where=self._where,
+                                next_step="ensure its capacity first")  # fmt: skip
+
+    def _until_routed(self, given: Mapping[str, int], token: int) -> None:
+        wanted = {label: percent for label, percent in given.items() if percent > 0}
+        seen: dict[str, int] | None = None
+
+        def look() -> bool | None:
+            nonlocal seen
+            there, service = self._there(token, back=True)
+            if service.own_route:
+                raise ServiceError(Reason.GATEWAY_API_OFF, "KServe makes no route of a cluster-local service",
+                                   where=self._where,
+                                   next_step="remove its label networking.kserve.io/visibility")  # fmt: skip
+            route = self._route()
+            seen = None if route is None else weights_of(route, self.service, there.spec)
+            return True if seen is not None and {k: v for k, v in seen.items() if v > 0} == wanted else None
+
+        if self._patience.until(look, within_s=self._patience.route_s):
+            return
+        there, _ = self._there(token, back=True)
+        lost = [label for label in wanted if label != there.spec.stable.label and label not in there.ready]
+        if lost:
+            raise CapacityError(f"version {', '.join(lost)} is not ready any more, and KServe gives its share to "
+                                "stable", where=self._where)  # fmt: skip
+        if seen == {there.spec.stable.label: 100} and there.spec.canaries:
+            raise ServiceError(Reason.NO_SPLIT, f"{_said(wanted)} was set, and KServe's route still sends all to "
+                               f"version {there.spec.stable.label}", where=self._where,
+                               next_step="KServe splits traffic in Standard mode from 0.21 on: see whether its "
+                               "controller runs, and which version it is")  # fmt: skip
+        raise TargetError(f"{_said(wanted)} was set, and after {self._patience.route_s:g} s the route says "
+                          f"{'nothing that the gateway has accepted' if seen is None else _said(seen)}",
+                          where=f"httproute {self.namespace}/{self.service}",
+                          next_step="see whether KServe's controller and the gateway run")  # fmt: skip
+
+    def _until_gone(self, gone: Predictor, token: int) -> None:
+        """KServe has removed the version's Deployment; then we remove the autoscaler that it leaves behind."""
+        name = workload_name(self.service, gone.name)
+
+        def look() -> bool | None:
+            self._there(token, back=True)
+            return True if self._cluster.get(path_of("deployments", self.namespace, name)) is None else None
+
+        if self._patience.until(look, within_s=self._patience.route_s) is None:
+            raise TargetError(f"version {gone.label}'s Deployment is still there",
+                              where=f"deployment {self.namespace}/{name}",
+                              next_step="see whether KServe's controller runs")  # fmt: skip
+        hpa = path_of("horizontalpodautoscalers", self.namespace, name)
+        if self._cluster.get(hpa) is not None:
+            self._cluster.delete(hpa)
+
+    # ---- what is there ----
+
+    @property
+    def _path(self) -> str:
+        return path_of("inferenceservices", self.namespace, self.service)
+
+    @property
+    def _lease_path(self) -> str:
+        return path_of("leases", self.namespace, lease_name(self.service))
+
+    def _read(self) -> Service:
+        return read_service(self._cluster.get(self._path), name=self.service, namespace=self.namespace)
+
+    def _lease(self) -> Json | None:
+        return self._cluster.get(self._lease_path)
+
+    def _record(self, service: Service) -> Record:
+        lease = self._lease() or {}
+        text = (lease.get("metadata", {}).get("annotations") or {}).get(REST_ANNOTATION)
+        return read_record(text, uid=service.uid, where=f"lease {self.namespace}/{lease_name(self.service)}")
+
+    def _route(self) -> Json | None:
+        return self._cluster.get(path_of("httproutes", self.namespace, self.service))
+
+    def _now(self) -> tuple[There, Service]:
+        service = self._read()
+        spec = service.spec
+        found = self._cluster.items(path_of("deployments", self.namespace), labels={ISVC_LABEL: self.service}) or []
+        by_name = {one["metadata"]["name"]: workload_of(one) for one in found}
+        predictors = [spec.stable, *(canary.predictor for canary in spec.canaries)]
+        workloads = {
+            one.label: by_name[name] for one in predictors
+            if (name := workload_name(self.service, one.name)) in by_name
+        }  # fmt: skip
+        return There(spec, workloads, service.ready, self._record(service).rest), service
+
+    def _there(self, token: int, *, back: bool = False) -> tuple[There, Service]:
+        """What is there, if ``token`` is in force and nobody else has changed what is ours.
+
+        ``back``: on the way to stable alone, what was done to canaries by hand is no obstacle.
+        """
+        there, service = self._now()
+        if service.token != token:
+            raise FencedError(f"token {token} is not in force: {service.token} is", where=self._where,
+                              next_step="acquire the target again")  # fmt: skip
+        wishes = self._record(service).wishes
+        if wishes and there.spec not in wishes:
+            same = any(wish.stable == there.spec.stable for wish in wishes)
+            if not (back and same):
+                changed = _changes(wishes[-1], there.spec)
+                by = f" ({service.writers})" if service.writers else ""
+                raise ServiceError(Reason.EDITED, f"somebody else changed what the rollout is about: {changed}{by}",
+                                   where=self._where, next_step="put it back, or abort the rollout and start another "
+                                   "from what serves now")  # fmt: skip
+        return there, service
+
+    def _service_pods(self) -> list[Json]:
+        return self._cluster.items(path_of("pods", self.namespace), labels={ISVC_LABEL: self.service}) or []
+
+    def _pods_of(self, spec: Spec, label: str) -> list[Json]:
+        canary = spec.canary(label)
+        one = spec.stable if canary is None else canary.predictor
+        app = f"isvc.{workload_name(self.service, one.name)}"
+        return [pod for pod in self._service_pods() if (pod["metadata"].get("labels") or {}).get("app") == app]
+
+    # ---- writing ----
+
+    def _write(self, token: int, planned: Callable[[There], Spec], *, back: bool = False) -> Spec:
+        """Plan on what is there and write it, again when somebody wrote in between. What is there already is not."""
+        for _ in range(_TRIES):
+            there, service = self._there(token, back=back)
+            wish = planned(there)
+            if wish == there.spec:
+                self._settle(service, wish)
+                return wish
+            with contextlib.suppress(ConflictError):
+                self._apply(service, wish, token)
+                self._settle(service, wish)
+                return wish
+            self._patience.sleep(0.05)
+        raise TargetError("it is written too often for a change of ours to get through", where=self._where)
+
+    def _apply(self, service: Service, wish: Spec, token: int) -> None:
+        record = self._record(service)
+        rest = record.rest
+        if rest is None and wish.canaries:
+            there, _ = self._now()
+            rest = plan.begin_rest(there)
+        self._keep(replace(record, rest=rest, wishes=(service.spec, wish)), token)
+        try:
+            self._cluster.apply(self._path, body_of(service, wish))
+        except RefusedError as error:
+            if "canary" in error.what and "not declared in schema" in error.what:
+                raise ServiceError(Reason.NO_SPLIT, "KServe here knows no canary in Standard mode", where=self._where,
+                                   next_step="upgrade KServe to 0.21 or newer") from error  # fmt: skip
+            raise
+
+    def _settle(self, service: Service, wish: Spec) -> None:
+        """With no canary left the rollout is over, and what it was begun from is forgotten."""
+        record = self._record(service)
+        if not wish.canaries and (record.rest is not None or record.wishes):
+            self._keep(Record(service.uid), service.token)
+
+    def _keep(self, record: Record, token: int) -> None:
+        lease = self._lease()
+        if lease is None:
+            raise TargetError("its Lease is gone", where=f"lease {self.namespace}/{lease_name(self.service)}",
+                              next_step="acquire the target again")  # fmt: skip
+        if _transitions(lease) != token:
+            raise FencedError(f"token {token} is not in force: {_transitions(lease)} is", where=self._where)
+        metadata = lease["metadata"]
+        annotations = {**(metadata.get("annotations") or {}), REST_ANNOTATION: record.to_text()}
+        self._cluster.replace(self._lease_path, {**lease, "metadata": {**metadata, "annotations": annotations}})
+
+    def _new_lease(self, spec: Json) -> Json:
+        return {
+            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec,
+            "metadata": {"name": lease_name(self.service), "namespace": self.namespace,
+                         "labels": {"app.kubernetes.io/part-of": "endcap", "endcap.dev/service": self.service}},
+        }  # fmt: skip
+
+
+def _retried(look: Callable[[], bool | None]) -> bool | None:
+    """``look``, to be repeated where somebody wrote in between."""
+    try:
+        return look()
+    except ConflictError:
+        return None
+
+
+def _transitions(lease: Json | None) -> int:
+    return int(((lease or {}).get("spec") or {}).get("leaseTransitions") or 0)
+
+
+def _micro(at_s: float) -> str:
+    whole, part = divmod(at_s, 1)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{int(part * 1e6):06d}Z"
+
+
+def _said(given: Mapping[str, int]) -> str:
+    return ", ".join(f"{percent} % for version {label}" for label, percent in given.items())
+
+
+def _readable(reason: str) -> str:
+    """The scheduler's "0/3 nodes are available" as people say it."""
+    return reason.replace("/", " of ", 1) if reason[:1].isdigit() and " nodes are available" in reason else reason
+
+
+def _changes(wish: Spec, now: Spec) -> str:
+    found = []
+    if wish.stable != now.stable:
+        found.append(f"the predictor is version {now.stable.label} ({now.stable.storage_uri}), and was "
+                     f"{wish.stable.label} ({wish.stable.storage_uri})")  # fmt: skip
+    if wish.canaries != now.canaries:
+        shown = [", ".join(f"version {c.predictor.label}: {c.replicas} replicas, {c.percent} %" for c in one.canaries)
+                 or "none" for one in (now, wish)]  # fmt: skip
+        found.append(f"the canaries are {shown[0]}, and were {shown[1]}")
+    if (wish.min_replicas, wish.max_replicas) != (now.min_replicas, now.max_replicas):
+        found.append(f"minReplicas is {now.min_replicas} and maxReplicas {now.max_replicas}, and they were "
+                     f"{wish.min_replicas} and {wish.max_replicas}")  # fmt: skip
+    return "; ".join(found)

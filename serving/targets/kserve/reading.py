@@ -241,7 +241,7 @@ class Record:
     wishes: tuple[Spec, ...] = field(default_factory=tuple)
 
     def to_text(self) -> str:
-        return _Kept(uid=self.uid, rest=self.rest, wishes=self.wishes).model_dump_json(exclude_none=True)
+        return _Kept(uid=self.uid, rest=self.rest, wishes=self.wishes).model_dump_json()
 
 
 def read_record(text: str | None, *, uid: str, where: str) -> Record:

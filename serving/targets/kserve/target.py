@@ -127,12 +127,14 @@ class KServeTarget:
     def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
         """See :class:`~serving.targets.base.Target`."""
         by_label = {version.label: share for version, share in shares.items()}
-        there, _ = self._there(token)
+        there, _ = self._there(token, back=True)
+        back = set(by_label) == {there.spec.stable.label}
+        there, _ = self._there(token, back=back)
         before = there.spec
         versions = self._predictors(by_label, there)
         needed = plan.needs(there, by_label, self._sizing)
         try:
-            self._grow(token, versions, needed, back=set(by_label) == {there.spec.stable.label})
+            self._grow(token, versions, needed, back=back)
         except FencedError:
             raise
         except EndcapError:
@@ -147,7 +149,7 @@ class KServeTarget:
             raise InputError("KServe's routes cannot keep shoppers to a version",
                              next_step="leave sticky out, or serve the service by a route of endcap's")  # fmt: skip
         by_label = {version.label: share for version, share in shares.items() if share > 0}
-        there, _ = self._there(token)
+        there, _ = self._there(token, back=True)
         given = plan.percents(by_label, there.spec.stable.label)
         self._until_served([label for label, percent in given.items() if percent > 0], token)
         back = set(by_label) == {there.spec.stable.label}

@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local lint type check format lock bench-training bench-rollout bench-serving soak clean
+.PHONY: help setup demo test test-unit test-local test-cluster cluster-up cluster-down cluster-status lint type check format lock bench-training bench-rollout bench-serving soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,8 @@ lock: $(UV) ## resolve pyproject.toml anew into locks/ (the only target that loo
 demo: setup ## the main job, end to end, on this machine; ends by printing where the report is
 	@$(BIN)/endcap demo --out $(OUT)
 
-test: setup ## every test that this machine can run
-	@$(BIN)/python -m pytest tests
+test: setup ## every test that needs no Kubernetes (those: make test-cluster)
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster
 
 # ---- for those who change the code ---------------------------------------------------------------------------------
 
@@ -60,6 +60,18 @@ test-unit: setup ## the fast tests
 
 test-local: setup ## the tests with real processes
 	@$(BIN)/python -m pytest tests/local
+
+test-cluster: setup ## the tests on a real Kubernetes: ENDCAP_TEST_KUBECONFIG's, else one built and started here (docs/testing.md)
+	@$(BIN)/python -m pytest tests/cluster
+
+cluster-up: setup ## start the test cluster and leave it running (ONLY=control-plane: no pods, no root)
+	@$(BIN)/python -m tests.cluster up $(if $(ONLY),--only $(ONLY))
+
+cluster-down: setup ## take the test cluster down; nothing of it stays
+	@$(BIN)/python -m tests.cluster down
+
+cluster-status: setup ## whether the test cluster runs, and its kubeconfig
+	@$(BIN)/python -m tests.cluster status
 
 lint: setup ## ruff and the layers
 	@$(BIN)/ruff check .

@@ -1,0 +1,224 @@
+"""Our own images, built without a Docker engine: buildah in a changed root, on a base made by debootstrap.
+
+An image is built anew when its Containerfile, its lock file, what it copies or the base's recipe changes; until then it
+lies in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from tests.cluster import programs
+from tests.cluster.errors import ClusterError
+
+_ROOT = Path(__file__).parents[2]
+
+ROLES: Final = ("server", "controller", "pipeline", "load")
+
+_BASE = ("bookworm", "python3,python3-venv,ca-certificates")
+_BASE_DROPS = (
+    "var/cache/apt",
+    "var/lib/apt/lists",
+    "var/log",
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/locale",
+    "usr/share/info",
+)
+"""Not in the base: what only a person at a terminal reads, or a package manager."""
+
+NEEDED = ("buildah", "debootstrap")
+
+
+def name(role: str) -> str:
+    """As pods say it."""
+    return f"docker.io/endcap/{role}:test"
+
+
+def why_not() -> str | None:
+    """Why this machine can build no image, in one line; None: it can."""
+    missing = [program for program in NEEDED if shutil.which(program) is None]
+    return (
+        f"building images needs {', '.join(missing)}; on Debian: apt-get install {' '.join(missing)}"
+        if missing
+        else None
+    )
+
+
+def ensure(role: str) -> Path:
+    """The docker-archive of the image of ``role``, built if it is not there yet.
+
+    Raises:
+        ClusterError: it cannot be built, with what the builder said last.
+    """
+    wanted = _folder() / f"{role}-{_key(role)}.tar"
+    with programs.locked(_folder() / f".{role}.lock"):
+        if not wanted.exists():
+            if (reason := why_not()) is not None:
+                raise ClusterError(reason)
+            print(f"building the image {role} (once; it is kept in {wanted.parent})", flush=True)  # noqa: T201
+            _build(role, _base(), _wheels(role), wanted)
+    return wanted
+
+
+def _build(role: str, base: Path, wheels: Path, wanted: Path) -> None:
+    store = _folder() / f".store-{role}"
+    shutil.rmtree(store, ignore_errors=True)
+    settings = _folder() / f".{role}-pip.conf"
+    settings.write_text("[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n")
+    buildah = ("buildah", "--root", str(store / "root"), "--runroot", str(store / "run"), "--storage-driver", "vfs")
+    unfinished = wanted.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        _run(*buildah, "pull", f"docker-archive:{base}")
+        _run(
+            *(*buildah, "build", "--isolation", "chroot", "--pull-never", "--format", "docker"),
+            # The packages come from this machine's folder: the builder needs no network and no certificates.
+            *("--volume", f"{wheels}:/wheels:ro", "--volume", f"{settings}:/etc/pip.conf:ro"),
+            *(
+                "--build-arg",
+                f"BASE={_BASE_NAME}",
+                "--file",
+                str(_ROOT / "images" / role / "Containerfile"),
+                "--tag",
+                name(role),
+            ),
+            str(_ROOT),
+        )
+        _run(*buildah, "push", name(role), f"docker-archive:{unfinished}:{name(role)}")
+        unfinished.replace(wanted)
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+        unfinished.unlink(missing_ok=True)
+        settings.unlink(missing_ok=True)
+    for old in _folder().glob(f"{role}-*.tar"):
+        if old != wanted:
+            old.unlink()
+
+
+_BASE_NAME = "localhost/endcap-test-base:latest"
+
+
+def _base() -> Path:
+    """A Debian with Python, as a docker-archive."""
+    from tests.cluster.archives import write_folder
+
+    wanted = _folder() / f"base-{_hash(repr((_BASE, _BASE_DROPS)).encode())}.tar"
+    with programs.locked(_folder() / ".base.lock"):
+        if not wanted.exists():
+            tree = _folder() / ".base-tree"
+            shutil.rmtree(tree, ignore_errors=True)
+            # With mounts of its own: it mounts /proc, and may be killed.
+            _run(
+                *("unshare", "--mount", "--propagation=private"),
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={_BASE[1]}",
+                _BASE[0],
+                str(tree),
+            )
+            for dropped in _BASE_DROPS:
+                shutil.rmtree(tree / dropped, ignore_errors=True)
+                (tree / dropped).mkdir()
+            unfinished = wanted.with_suffix(".unfinished")
+            write_folder(unfinished, _BASE_NAME, tree)
+            unfinished.replace(wanted)
+            shutil.rmtree(tree)
+    return wanted
+
+
+def _wheels(role: str) -> Path:
+    """A folder with every file that the role's lock names."""
+    lock = _ROOT / "locks" / f"{role}.txt"
+    wanted = _folder() / f"wheels-{role}-{_hash(lock.read_bytes())}"
+    if not wanted.exists():
+        unfinished = _folder() / f".wheels-{role}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        pip = _ROOT / ".tools" / "bin" / "python"
+        _run(
+            *(
+                str(pip if pip.exists() else sys.executable),
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--disable-pip-version-check",
+            ),
+            *("--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock), "-d", str(unfinished)),
+        )
+        for old in _folder().glob(f"wheels-{role}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        unfinished.replace(wanted)
+    return wanted
+
+
+def _key(role: str) -> str:
+    digest = hashlib.sha256(repr((_BASE, _BASE_DROPS)).encode())
+    for file in (_ROOT / "images" / role / "Containerfile", _ROOT / ".containerignore", *_copied(role)):
+        digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _copied(role: str) -> Iterator[Path]:
+    """The files that the Containerfile copies."""
+    text = (_ROOT / "images" / role / "Containerfile").read_text()
+    for source in re.findall(r"^COPY ([^-\s]\S*) ", text, re.MULTILINE):
+        path = _ROOT / source
+        yield from (
+            sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+            if path.is_dir()
+            else [path]
+        )
+
+
+def unpacked_bytes(archive: Path) -> int:
+    """How much the files of an image take, as its layers say."""
+    total = 0
+    with tarfile.open(archive) as outer:
+        for member in outer:
+            if member.isfile() and member.name.endswith(".tar"):
+                layer = outer.extractfile(member)
+                assert layer is not None
+                with tarfile.open(fileobj=layer) as inner:
+                    total += sum(entry.size for entry in inner if entry.isfile())
+    return total
+
+
+def _folder() -> Path:
+    folder = programs.cache() / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _run(*command: str) -> None:
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if ended.returncode != 0:
+        raise ClusterError(
+            f"{' '.join(_shown(command))} failed:\n" + "\n".join(ended.stdout.strip().splitlines()[-15:])
+        )
+
+
+def _shown(command: Sequence[str]) -> Sequence[str]:
+    return [*command[:8], "..."] if len(command) > 8 else command
+
+
+def main() -> None:
+    """Build the images of the roles that are named (default: server and controller)."""
+    for role in sys.argv[1:] or ("server", "controller"):
+        print(ensure(role))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -142,6 +142,9 @@ def _wheels(role: str) -> Path:
     if not wanted.exists():
         unfinished = _folder() / f".wheels-{role}"
         shutil.rmtree(unfinished, ignore_errors=True)
+        # The base's Python may be an earlier 3.11 than this one: what only that needs is fetched too.
+        for_both = _folder() / f".{role}-lock.txt"
+        for_both.write_text(re.sub(r" ; python_full_version < '3\.11\.\d+'", "", lock.read_text()))
         pip = _ROOT / ".tools" / "bin" / "python"
         _run(
             *(
@@ -152,8 +155,9 @@ def _wheels(role: str) -> Path:
                 "-q",
                 "--disable-pip-version-check",
             ),
-            *("--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(lock), "-d", str(unfinished)),
+            *("--require-hashes", "--no-deps", "--only-binary", ":all:", "-r", str(for_both), "-d", str(unfinished)),
         )
+        for_both.unlink()
         for old in _folder().glob(f"wheels-{role}-*"):
             shutil.rmtree(old, ignore_errors=True)
         unfinished.replace(wanted)

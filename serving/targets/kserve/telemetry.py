@@ -74,9 +74,6 @@ class Telemetry(Protocol):
     def observe(self, pods: Sequence[Json], *, shoppers_since_s: float | None = None) -> Counted:
         """Read, and say what was counted. Raises SourceError or TargetError where that cannot be told."""
 
-    def to_json(self) -> dict[str, object]:
-        """What another one goes on from, given as ``state``."""
-
 
 class NoTelemetry:
     """Counts nothing: enough to place versions, not to judge them."""
@@ -85,9 +82,6 @@ class NoTelemetry:
 
     def observe(self, pods: Sequence[Json], *, shoppers_since_s: float | None = None) -> Counted:
         return Counted()
-
-    def to_json(self) -> dict[str, object]:
-        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +198,12 @@ class GatewayCounts(Protocol):
 class ServerTelemetry:
     """Counts of a service's versions. See the module for what each source can tell.
 
+    Counting begins with the first read: one made anew begins at nothing, which a rollout takes for a counter that was
+    restarted; what happened in between is lost, and nothing counts twice.
+
     Args:
         thresholds_ms: the objectives' latency thresholds; the servers' histograms have them as edges
             (``--thresholds-ms``).
-        state: what :meth:`to_json` gave earlier.
     """
 
     def __init__(
@@ -217,14 +213,13 @@ class ServerTelemetry:
         thresholds_ms: Iterable[int] = (),
         feedback: Feedback | None = None,
         gateway: GatewayCounts | None = None,
-        state: object = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._scrapes, self._feedback, self._gateway, self._clock = scrapes, feedback, gateway, clock
         self._thresholds_ms = tuple(sorted(set(thresholds_ms)))
         names = ["attempts", *(f"within {ms}" for ms in self._thresholds_ms)]
         folders = {name: SeriesFolder(needs_good=True, max_series=_MAX_SERIES) for name in names}
-        self._folders = Folders(folders, state=state)
+        self._folders = Folders(folders)
         self._last_feedback: dict[float | None, _Evidence] = {}
 
     def read(self, pods: Sequence[Json]) -> None:
@@ -299,10 +294,6 @@ class ServerTelemetry:
     def servers(self) -> Mapping[str, Counts]:
         """Attempts by the servers' own counts."""
         return self._folders.by_name["attempts"].counts(since_s=float("-inf"))
-
-    def to_json(self) -> dict[str, object]:
-        """See :class:`Telemetry`. The gateway's counts begin anew; the servers' go on."""
-        return self._folders.to_json()
 
 
 _KEYS = ("route", "outcome", "le")

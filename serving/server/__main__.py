@@ -67,7 +67,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", default="float32")
     parser.add_argument("--impression-key", type=Path, help="without it answers carry no impression")
     parser.add_argument("--admin-key", type=Path, metavar="FILE",
-                        help="for /metrics, load and unload; without: the first open, the others shut")  # fmt: skip
+                        help="for /metrics, load and unload; with neither it nor --jwt-keys: the first open, the "
+                        "others shut")  # fmt: skip
+    parser.add_argument("--jwt-keys", type=Path, metavar="FILE",
+                        help="the same for who sends a token (JWT) that one of these public keys signed: a JWKS or a "
+                        "PEM file, read again when it changes; with --jwt-audience")  # fmt: skip
+    parser.add_argument("--jwt-audience", metavar="NAME", help="whom such a token must be for")
+    parser.add_argument("--jwt-issuer", metavar="NAME", help="who must have issued it; default: anybody with a key")
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
     parser.add_argument("--stock", type=Path, metavar="FILE",
@@ -116,12 +122,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if traced:
         from serving.spans import Tracing  # before the fork: workers share what it takes
+    from serving.server.admins import AdminKey, Admins, Tokens, read_public_keys
     from serving.server.app import Replica, ServerApp
     from serving.server.cache import open_cache
     from serving.server.engine import cores, on_gpu
     from serving.server.http import SheddingProtocol
     from serving.server.metrics import ServerMetrics
-    from serving.server.repository import AdminKey
     from serving.server.service import Limits, Service, load_service
 
     given = max(1, cores() // arguments.processes)
@@ -134,7 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     metrics = ServerMetrics(arguments.version, thresholds_s=[one / 1000 for one in arguments.thresholds_ms],
                             processes=arguments.processes)  # fmt: skip
     try:
-        admin = AdminKey.read(arguments.admin_key) if arguments.admin_key is not None else None
+        key = AdminKey.read(arguments.admin_key) if arguments.admin_key is not None else None
+        tokens = None
+        if arguments.jwt_keys is not None:
+            tokens = Tokens(Watched(arguments.jwt_keys, read_public_keys), audience=arguments.jwt_audience,
+                            issuer=arguments.jwt_issuer)  # fmt: skip
+        admin = None if key is None and tokens is None else Admins(key, tokens)
         cache = None
         if arguments.cache is not None:
             cache = open_cache(arguments.cache, ttl_s=arguments.cache_ttl_s, counts=metrics.cache,
@@ -170,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def watched() -> list[Watched[Any]]:
         catalogue = app.service.catalogue if app.service is not None else None
-        files = (keys, catalogue.watched if catalogue is not None else None)
+        files = (keys, catalogue.watched if catalogue is not None else None, None if tokens is None else tokens.keys)
         return [file for file in files if file is not None]
 
     def serve(listener: socket.socket) -> int:
@@ -264,6 +275,11 @@ def _check(arguments: argparse.Namespace) -> None:
                              next_step="give a number above 0")  # fmt: skip
     if arguments.processes > 64:
         raise InputError("at most 64 worker processes", where="--processes")
+    if (arguments.jwt_keys is None) != (arguments.jwt_audience is None):
+        raise InputError("keys and audience of tokens go together", where="--jwt-keys",
+                         next_step="give both --jwt-keys and --jwt-audience, or neither")  # fmt: skip
+    if arguments.jwt_issuer is not None and arguments.jwt_keys is None:
+        raise InputError("an issuer of tokens without keys", where="--jwt-issuer", next_step="give --jwt-keys too")
     if arguments.grpc_port == 0 and arguments.processes > 1:
         raise InputError("several processes need one port to share", where="--grpc-port", next_step="name a port")
     if arguments.processes > 1 and arguments.answers is not None:

@@ -16,6 +16,7 @@ from serving import asgi, impressions
 from serving.asgi import BodyTooLargeError, EncodedBodyError, Headers, Receive, Scope, Send
 from serving.impressions import Keys
 from serving.server import oip, tensor_routes
+from serving.server.admins import Admins, NotAllowedError
 from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
 from serving.server.metrics import ServerMetrics
@@ -23,9 +24,7 @@ from serving.server.oip import UnknownModelError
 from serving.server.recommend import Recommendation, parse_request
 from serving.server.repository import (
     REPOSITORY_PATH,
-    AdminKey,
     ForbiddenError,
-    NotAllowedError,
     Repository,
     UnloadableError,
 )
@@ -107,7 +106,7 @@ class ServerApp:
         impression_key: bytes | Watched[Keys] | None,
         answers: AnswerLog | None = None,
         metrics: ServerMetrics | None = None,
-        admin: AdminKey | None = None,
+        admin: Admins | None = None,
         load: Callable[[], Service] | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:

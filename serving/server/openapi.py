@@ -267,7 +267,7 @@ def _post(summary: str, request: dict[str, Any], response: dict[str, Any], error
 
 
 def _admin(summary: str, model: str, *, key: bool) -> dict[str, Any]:
-    refusals = {401: "The admin key is missing or wrong.", 403: "This server does not do that.",
+    refusals = {401: "The admin key, or the token, is missing or wrong.", 403: "This server does not do that.",
                 404: "No such model.", 409: "Refused; what served before goes on."} if key else {}  # fmt: skip
     responses = {"200": {"description": "Done.", "content": _ref(model)}} | {
         str(status): {"description": text, "content": _ref("InferError")} for status, text in refusals.items()
@@ -297,6 +297,8 @@ def document(manifest: Manifest, *, version: str) -> bytes:
         f"/v2/models/{name}/versions/{version}/infer": infer,
         f"/v2/models/{name}": _get("The model's inputs and outputs.", "ModelMetadata", unready=True),
         f"/v2/models/{name}/ready": _get("Whether the model is ready.", "Ready", unready=True),
+        f"/v2/models/{name}/versions/{version}": _get("The model's inputs and outputs.", "ModelMetadata", unready=True),
+        f"/v2/models/{name}/versions/{version}/ready": _get("Whether the model is ready.", "Ready", unready=True),
         "/v2": _get("The server.", "ServerMetadata"),
         "/v2/health/live": _get("Whether the process lives.", "Live"),
         "/v2/health/ready": _get("Whether the server is ready.", "Ready", unready=True),
@@ -306,6 +308,7 @@ def document(manifest: Manifest, *, version: str) -> bytes:
         "/": _get("Whether the process lives (KServe v1).", "Alive"),
         "/metrics": {"get": {"summary": "Prometheus' exposition text.", "security": [{}, {"admin": []}], "responses": {
             "200": {"description": "As it is.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            "401": {"description": "The admin key, or the token, is missing or wrong.", "content": _ref("InferError")},
         }}},
     }  # fmt: skip
     _, schemas = models_json_schema(

@@ -2,40 +2,32 @@
 
 The model repository extension of the Open Inference Protocol, for the one package that this process was started with:
 ``load`` reads its folder again, verifies it and only then takes it into service; where that fails, what served before
-goes on. ``unload`` lets go of it: readiness fails until it is loaded again. Both need the admin key, and without one
-in the configuration there is neither.
+goes on. ``unload`` lets go of it: readiness fails until it is loaded again. Both are the operator's alone: where
+the configuration names neither an admin key nor tokens there is neither.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
-from endcap.errors import EndcapError, InputError, from_os_error
-from endcap.files import open_to_others
+from endcap.errors import EndcapError, InputError
 from serving.asgi import Headers
+from serving.server.admins import Admins
 from serving.server.oip import UnknownModelError
 from serving.server.service import Service
 
 if TYPE_CHECKING:
     from serving.server.app import ServerApp
 
-__all__ = ["REPOSITORY_PATH", "AdminKey", "ForbiddenError", "NotAllowedError", "Repository", "UnloadableError"]
+__all__ = ["REPOSITORY_PATH", "ForbiddenError", "Repository", "UnloadableError"]
 
 REPOSITORY_PATH = "/v2/repository/"
-_KEY = re.compile(rb"[\x21-\x7e]{16,512}")
 _VERB = re.compile(r"/v2/repository/models/([^/]+)/(load|unload)")
-
-
-class NotAllowedError(InputError):
-    """No admin key came with the request, or a wrong one: 401."""
 
 
 class ForbiddenError(InputError):
@@ -46,59 +38,18 @@ class UnloadableError(EndcapError):
     """The package is refused, or another load is under way; what served before goes on: 409."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdminKey:
-    """What an operator sends as ``Authorization: Bearer <key>``."""
-
-    key: bytes
-
-    @staticmethod
-    def read(path: Path) -> AdminKey:
-        """The key in a file that only its owner can read.
-
-        Raises:
-            InputError: missing, open to others, or no key of 16 to 512 visible ASCII characters.
-        """
-        try:
-            with path.open("rb") as file:
-                exposed = open_to_others(path)
-                raw = file.read(1024).strip()
-        except FileNotFoundError as error:
-            raise InputError("no admin key", where=path, next_step="write one there, readable by its owner") from error
-        except OSError as error:
-            raise from_os_error(error, doing=f"reading {path}") from error
-        if exposed:
-            raise InputError("the admin key can be read by others", where=path,
-                             next_step=f"chmod 600 {path}, and think about a new key")  # fmt: skip
-        if _KEY.fullmatch(raw) is None:
-            raise InputError("not an admin key", where=path, next_step="write 16 to 512 visible ASCII characters")
-        return AdminKey(raw)
-
-    def check(self, headers: Headers) -> None:
-        """Nothing.
-
-        Raises:
-            NotAllowedError: the key did not come with the request.
-        """
-        for name, value in headers:
-            if name == b"authorization" and hmac.compare_digest(value, b"Bearer " + self.key):
-                return
-        raise NotAllowedError("the admin key is missing or wrong", where="Authorization",
-                              next_step="send Authorization: Bearer <admin key>")  # fmt: skip
-
-
 class Repository:
     """The one package of this process.
 
     Args:
         load: verifies and loads it again; blocks. None: this process cannot (its workers share one copy).
-        key: None: nobody may load or unload.
+        admins: None: nobody may load or unload.
     """
 
-    def __init__(self, app: ServerApp, load: Callable[[], Service] | None, key: AdminKey | None) -> None:
+    def __init__(self, app: ServerApp, load: Callable[[], Service] | None, admins: Admins | None) -> None:
         self._app = app
         self._load = load
-        self._key = key
+        self._admins = admins
         self._name: str | None = None
         self._busy = False
 
@@ -156,10 +107,10 @@ class Repository:
         self._app.shut()
 
     def _allow(self, name: str, headers: Headers) -> Callable[[], Service]:
-        if self._key is None:
+        if self._admins is None:
             raise ForbiddenError("nobody may load or unload here", where="server",
-                                 next_step="start the server with --admin-key")  # fmt: skip
-        self._key.check(headers)
+                                 next_step="start the server with --admin-key or --jwt-keys")  # fmt: skip
+        self._admins.check(headers)
         if self._load is None:
             raise ForbiddenError("workers that share one copy of a package do not load another", where="server",
                                  next_step="restart the server, or start it without --processes")  # fmt: skip

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -16,10 +17,14 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import httpx
+import jwt
 import numpy as np
 import orjson
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from endcap.files import write_atomic
 from endcap.processes import free_port
 from serving.server import grpc_messages
 from tests.packages import ITEMS, make_package
@@ -285,6 +290,50 @@ def test_a_package_is_unloaded_and_loaded_over_grpc_with_the_admin_key(folder: P
             assert program.status("/v2/health/ready") == 503
             assert ask("Load", bearer) == "OK"
             assert program.status("/v2/health/ready") == 200
+
+
+def test_a_token_of_the_issuer_lets_in_and_its_keys_may_change(folder: Path, tmp_path: Path) -> None:
+    first, second = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    keys = tmp_path / "issuer.pem"
+
+    def publish(key: ec.EllipticCurvePrivateKey) -> None:
+        public = key.public_key()
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        write_atomic(keys, public.public_bytes(serialization.Encoding.PEM, form))
+
+    def bearer(key: ec.EllipticCurvePrivateKey, **claims: object) -> dict[str, str]:
+        said = {"aud": "endcap", "exp": time.time() + 600, **claims}
+        return {"authorization": f"Bearer {jwt.encode(said, key, algorithm='ES256')}"}
+
+    publish(first)
+    port = free_port()
+    run = arguments(folder, port, "--grpc-port", "0", "--jwt-keys", str(keys), "--jwt-audience", "endcap")
+    with started(run, port, tmp_path / "log") as program, httpx.Client(base_url=program.url, timeout=30.0) as client:
+        program.wait_for("/v2/health/ready")
+        refused = client.get("/metrics", headers=bearer(first, aud="others"))
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+        assert [client.get("/metrics", headers=sent).status_code for sent in ({}, bearer(second), bearer(first))] == [
+            401, 401, 200
+        ]  # fmt: skip
+        path = "/v2/repository/models/recommender/load"
+        assert [client.post(path, headers=sent).status_code for sent in ({}, bearer(first))] == [401, 200]
+        asked = grpc_messages.message("RepositoryModelUnloadRequest")(model_name="recommender").SerializeToString()
+        with grpc.insecure_channel(grpc_address(program)) as channel:
+            unload = channel.unary_unary(f"/{grpc_messages.SERVICE}/RepositoryModelUnload")
+            with pytest.raises(grpc.RpcError) as error:
+                unload(asked, timeout=60.0)
+            assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            unload(asked, timeout=60.0, metadata=list(bearer(first).items()))
+        publish(second)
+        wait_until(lambda: client.get("/metrics", headers=bearer(second)).status_code == 200, "the new key is read")
+        assert client.get("/metrics", headers=bearer(first)).status_code == 401
+        log = (tmp_path / "log").read_text()
+    assert "eyJ" not in log
+
+
+def test_keys_of_tokens_without_an_audience_are_refused(folder: Path, tmp_path: Path) -> None:
+    ended = run_to_end(arguments(folder, 0, "--jwt-keys", str(tmp_path / "keys")))
+    assert (ended.returncode, "--jwt-audience" in ended.stderr) == (2, True)
 
 
 def test_a_grpc_port_in_use_is_said_on_one_line(folder: Path) -> None:

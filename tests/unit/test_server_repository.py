@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from endcap.errors import InputError
+from serving.server.admins import AdminKey, Admins
 from serving.server.app import Replica, ServerApp
-from serving.server.repository import AdminKey
 from serving.server.service import load_service
 from tests.asgi_client import Answer, AsgiClient
 from tests.packages import ITEMS, make_package
@@ -25,7 +25,7 @@ def client_of(folder: Path, *, admin: AdminKey | None = KEY) -> AsgiClient:
     def load() -> object:
         return load_service(folder / "package", folder / "keys" / "signing.pub")
 
-    app = ServerApp(Replica("7", "a"), impression_key=None, admin=admin, load=load)  # type: ignore[arg-type]
+    app = ServerApp(Replica("7", "a"), impression_key=None, admin=None if admin is None else Admins(admin), load=load)  # type: ignore[arg-type]
     app.open(load())  # type: ignore[arg-type]
     return AsgiClient(app)
 

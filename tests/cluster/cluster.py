@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tests.cluster import archives, controlplane, namespaces, node, programs
+from tests.cluster import archives, controlplane, images, namespaces, node, programs
 from tests.cluster.access import Access
 from tests.cluster.archives import ENVOY_IMAGE, PAUSE_IMAGE, SHUTDOWN_IMAGE
 from tests.cluster.controlplane import ControlPlane, Ports
@@ -157,6 +157,20 @@ class Cluster:
                 self.control_plane.up()
             else:
                 self._up_full()
+
+    def load_image(self, role: str) -> None:
+        """Bring our image of ``role`` to the node, built if need be.
+
+        Raises:
+            ClusterError: it cannot be built.
+        """
+        archive = images.ensure(role)
+        brought = self.folder / "node" / "images" / archive.stem
+        with programs.locked(self._lock):
+            if not brought.exists():
+                self.node.load(archive)
+                brought.parent.mkdir(exist_ok=True)
+                brought.touch()
 
     def down(self) -> None:
         """End every process and remove every trace; also what a killed run left."""

@@ -185,15 +185,23 @@ def _copied(role: str) -> Iterator[Path]:
 
 def unpacked_bytes(archive: Path) -> int:
     """How much the files of an image take, as its layers say."""
-    total = 0
+    return sum(entry.size for entry in _entries(archive) if entry.isfile())
+
+
+def packages(archive: Path) -> set[str]:
+    """The Python packages in an image, by their folders' names."""
+    found = (re.search(r"site-packages/(\w+)/", entry.name) for entry in _entries(archive))
+    return {match[1] for match in found if match}
+
+
+def _entries(archive: Path) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(archive) as outer:
         for member in outer:
             if member.isfile() and member.name.endswith(".tar"):
                 layer = outer.extractfile(member)
                 assert layer is not None
                 with tarfile.open(fileobj=layer) as inner:
-                    total += sum(entry.size for entry in inner if entry.isfile())
-    return total
+                    yield from inner
 
 
 def _folder() -> Path:

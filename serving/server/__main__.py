@@ -76,6 +76,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jwt-issuer", metavar="NAME", help="who must have issued it; default: anybody with a key")
     parser.add_argument("--answers", type=Path, metavar="FILE",
                         help="append answers to requests that a shadow gets too, for a comparator")  # fmt: skip
+    parser.add_argument("--access-log", metavar="FILE",
+                        help="append a JSON line for each request that was let in, without shopper and history; -: to "
+                        "standard output")  # fmt: skip
     parser.add_argument("--stock", type=Path, metavar="FILE",
                         help='{"out_of_stock": ["<item id>", ...]}, read again when it changes')  # fmt: skip
     parser.add_argument("--cache", metavar="WHERE",
@@ -119,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     except EndcapError as error:
         sys.stderr.write(one_line(error) + "\n")
         return error.exit_code
+
+    from serving.server.access import AccessLog
 
     if traced:
         from serving.spans import Tracing  # before the fork: workers share what it takes
@@ -189,6 +194,12 @@ def main(argv: list[str] | None = None) -> int:
         if traced:
             app.tracing = Tracing("endcap-server", {"service.version": arguments.version,
                                                     "endcap.zone": arguments.zone})  # fmt: skip
+        try:
+            if arguments.access_log is not None:  # after the fork: its thread does not live through one
+                app.access = AccessLog(None if arguments.access_log == "-" else Path(arguments.access_log))
+        except EndcapError as error:
+            sys.stderr.write(one_line(error) + "\n")
+            return error.exit_code
         tasks: list[asyncio.Task[None]] = []
         beside: list[GrpcServer] = []
 
@@ -234,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
             app.service.close()
         if answers is not None:
             answers.close()
+        if app.access is not None:
+            app.access.close()
         if app.tracing is not None:
             app.tracing.close()
         return code
@@ -282,6 +295,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("an issuer of tokens without keys", where="--jwt-issuer", next_step="give --jwt-keys too")
     if arguments.grpc_port == 0 and arguments.processes > 1:
         raise InputError("several processes need one port to share", where="--grpc-port", next_step="name a port")
+    if arguments.processes > 1 and arguments.access_log not in (None, "-"):
+        raise InputError("a file of requests is one process's", where="--access-log",
+                         next_step="give - for standard output, or leave out --processes")  # fmt: skip
     if arguments.processes > 1 and arguments.answers is not None:
         raise InputError("the answers log is one process's", where="--answers", next_step="leave out --processes")
 

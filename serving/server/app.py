@@ -16,6 +16,7 @@ from serving import asgi, impressions
 from serving.asgi import BodyTooLargeError, EncodedBodyError, Headers, Receive, Scope, Send
 from serving.impressions import Keys
 from serving.server import oip, tensor_routes
+from serving.server.access import Access, AccessLog
 from serving.server.admins import Admins, NotAllowedError
 from serving.server.answers import AnswerLog, LoggedAnswer
 from serving.server.engine import GraphError, GraphTimeoutError
@@ -112,7 +113,9 @@ class ServerApp:
     ) -> None:
         self.draining = False
         self.tracing: Tracing | None = None
-        """What traces requests; None: nothing does. To be set once, before the first request."""
+        """What traces requests; None: nothing does. To be set once, before the first request, as is :attr:`access`."""
+        self.access: AccessLog | None = None
+        """Where requests that were let in are logged; None: nowhere."""
         self.metrics = metrics or ServerMetrics(replica.version)
         self._replica = replica
         self._key = impression_key
@@ -282,9 +285,17 @@ class ServerApp:
         self.metrics.attempts[route, outcome].inc()
         took_s = time.perf_counter() - begun_s
         self.metrics.latency[route].observe(took_s)
+        if self.access is not None:
+            self.log_access(route, asked, status, outcome, took_s, len(answer))
         if self._answers is not None and asked.compared and asked.request_id and route not in tensor_routes.ROUTES:
             self._answers.add(LoggedAnswer(asked.request_id, self._replica.version, asked.shadow, status,
                                            round(took_s * 1000, 3), recommended.items, recommended.scores))  # fmt: skip
+
+    def log_access(self, route: str, asked: Asked, status: int, outcome: str, took_s: float, answer_bytes: int) -> None:
+        """One line, where requests are logged."""
+        if self.access is not None:
+            self.access.add(Access(self._now_s(), asked.request_id, self._replica.version, self._replica.zone, route,
+                                   status, outcome, took_s * 1000, answer_bytes, asked.priority.value))  # fmt: skip
 
     async def _recommend(self, service: Service, body: bytes, asked: Asked) -> tuple[bytes, Recommendation]:
         if service.catalogue is None:
@@ -330,6 +341,7 @@ class ServerApp:
             self.metrics.in_flight.set(0 if service is None else service.batcher.waiting)
             self.metrics.admitted.set(0 if service is None else service.batcher.adaptive.limit)
             self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
+            self.metrics.access_dropped.set(0 if self.access is None else self.access.dropped)
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")
         elif path in ("/v2", "/v2/"):
             await self._send(send, 200, oip.server_metadata(self._replica.version))

@@ -69,7 +69,9 @@ class AppBackend:
     def status_of(error: EndcapError) -> tuple[int, str]:
         return status_of(error)
 
-    def count(self, outcome: str, took_s: float) -> None:
+    def count(self, headers: Headers, status: int, outcome: str, took_s: float, answer_bytes: int = 0) -> None:
         metrics = self._app.metrics
+        if self._app.access is not None:
+            self._app.log_access("grpc", Asked.of({"headers": headers}), status, outcome, took_s, answer_bytes)
         metrics.attempts["grpc", outcome].inc()
         metrics.latency["grpc"].observe(took_s)

@@ -98,8 +98,8 @@ class Backend(Protocol):
         """HTTP status and outcome of an error."""
         ...
 
-    def count(self, outcome: str, took_s: float) -> None:
-        """One call for a run of the graph ended."""
+    def count(self, headers: Headers, status: int, outcome: str, took_s: float, answer_bytes: int = 0) -> None:
+        """One call for a run of the graph ended. ``status``: HTTP's."""
         ...
 
 
@@ -298,13 +298,13 @@ class GrpcServer:
             answer = format_infer(asked, outputs, call.manifest, version=backend.version)
         except EndcapError as error:
             status, outcome = backend.status_of(error)
-            backend.count(outcome, time.perf_counter() - begun_s)
+            backend.count(request.headers, status, outcome, time.perf_counter() - begun_s)
             raise self._refused(error, status) from None
         except Exception as error:  # noqa: BLE001 - a fault of ours must not end the server, nor log a history
             log.error("grpc failed by a fault of the server: %s", type(error).__name__)
-            backend.count("failed", time.perf_counter() - begun_s)
+            backend.count(request.headers, 500, "failed", time.perf_counter() - begun_s)
             raise self._refused(EndcapError("a fault of the server", where="server"), 500) from None
-        backend.count("answered", time.perf_counter() - begun_s)
+        backend.count(request.headers, 200, "answered", time.perf_counter() - begun_s, len(answer))
         return answer
 
     @staticmethod

@@ -167,6 +167,9 @@ class ServerMetrics(Collector):
         self.answers_dropped = gauge(
             "answers_dropped", "Answers that the answers log's disk was too slow or full for.", Cell.total
         )
+        self.access_dropped = gauge(
+            "access_dropped", "Requests that the access log's disk was too slow or full for.", Cell.total
+        )
         self.in_flight = gauge("in_flight", "Runs of the graph that are waiting or running.", Cell.total)
         self.admitted = gauge("admitted", "Requests that may be in the server at once, as adapted.", Cell.total)
         self.registry = CollectorRegistry()

@@ -231,7 +231,7 @@ class Echo:
             return 400, "refused"
         return (401, "refused") if error.where == "authorization" else (503, "shed")
 
-    def count(self, outcome: str, took_s: float) -> None:
+    def count(self, headers: object, status: int, outcome: str, took_s: float, answer_bytes: int = 0) -> None:
         assert took_s >= 0
         self.counted.append(outcome)
 

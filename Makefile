@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local test-cluster cluster-up cluster-down cluster-status lint type check format lock bench-training bench-rollout bench-serving soak clean
+.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock bench-training bench-rollout bench-serving soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-unit: setup ## the fast tests
 
 test-local: setup ## the tests with real processes
 	@$(BIN)/python -m pytest tests/local
+
+test-charts: setup ## the Helm chart: lint, schemas, Pod Security, alerts, dashboards (builds helm and kubeconform once; needs Go)
+	@ENDCAP_BUILD_TOOLS=1 $(BIN)/python -m pytest tests/charts
 
 test-cluster: setup ## the tests on a real Kubernetes: ENDCAP_TEST_KUBECONFIG's, else one built and started here (docs/testing.md)
 	@$(BIN)/python -m pytest tests/cluster

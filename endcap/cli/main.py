@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import endcap
-from endcap.cli import demo, drill, load, model, pipeline, report, rollout, serve
+from endcap.cli import demo, drill, load, model, objectives, pipeline, report, rollout, serve
 from endcap.cli.console import Console
 from endcap.errors import EndcapError, StepError, from_os_error
 
@@ -36,6 +36,7 @@ for name, commands in (
     ("pipeline", pipeline.app),
     ("model", model.app),
     ("serve", serve.app),
+    ("objectives", objectives.app),
     ("rollout", rollout.app),
     ("load", load.app),
     ("drill", drill.app),

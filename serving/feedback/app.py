@@ -10,6 +10,8 @@ from urllib.parse import parse_qs
 
 import orjson
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from endcap.errors import EndcapError, InputError, StorageError
 from serving import asgi
@@ -53,9 +55,29 @@ class FeedbackMetrics:
         self._commits.observe(seconds)
         self._requests.observe(requests)
 
-    def text(self) -> bytes:
-        """The exposition text."""
-        return generate_latest(self.registry)
+    def text(self, evidence: Evidence | None = None) -> bytes:
+        """The exposition text; with ``evidence`` also what became of the impressions, by version."""
+        text = generate_latest(self.registry)
+        if evidence is None:
+            return text
+        closed = CounterMetricFamily("endcap_feedback_impressions", "Shown impressions whose window has closed.",
+                                     labels=["version"])  # fmt: skip
+        clicked = CounterMetricFamily("endcap_feedback_clicked_impressions", "Those of them that were clicked.",
+                                      labels=["version"])  # fmt: skip
+        for version, counts in sorted(evidence.versions.items()):
+            closed.add_metric([version], counts.closed)
+            clicked.add_metric([version], counts.clicked)
+        registry = CollectorRegistry()
+        registry.register(_Families([closed, clicked]))
+        return text + generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
 
 
 class NotReadyError(EndcapError):
@@ -125,10 +147,17 @@ class FeedbackApp:
             health = {"status": "draining" if self.draining else "ok", "storage": self._trouble or "ok"}
             return 503 if self.draining else 200, orjson.dumps(health)
         if path == "/metrics":
-            await asgi.send_answer(send, 200, self._metrics.text(),
+            await asgi.send_answer(send, 200, self._metrics.text(await self._impressions()),
                                    content_type=b"text/plain; version=0.0.4; charset=utf-8")  # fmt: skip
             return 0, b""
         return 404, asgi.error_body(InputError("no such path", where=path))
+
+    async def _impressions(self) -> Evidence | None:
+        """For the metrics, which are there also where the database is not."""
+        try:
+            return await self.writer.evidence()
+        except EndcapError:
+            return None
 
     async def _feedback(self, body: bytes) -> tuple[int, bytes]:
         key = self._key

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from endcap import registry as registry_module
+from endcap import storage_initializer
 from endcap.errors import InputError, RegistryError, VerificationError
 from endcap.package import verify_package
 from endcap.registry import Registry, sqlite_uri
@@ -137,3 +138,36 @@ def test_a_server_that_does_not_answer_is_said_within_seconds():
 def test_what_is_no_uri_of_a_registry_is_refused():
     with pytest.raises(InputError, match="names no registry"):
         Registry("/some/folder")
+
+
+# ---- as KServe's storage initializer -------------------------------------------------------------------------------
+
+
+def test_the_storage_initializer_fills_a_mounted_folder(shop, tmp_path, monkeypatch, capsys):
+    _, registry, packages = shop
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    models = tmp_path / "models"
+    (models / ".coming-before" / "package").mkdir(parents=True)
+    (models / "half.onnx").write_bytes(b"of a start that was killed")
+    mounted = models.stat().st_ino
+    assert storage_initializer.main([f"mlflow://{NAME}/2", str(models)]) == 0
+    assert contents(models) == contents(packages[1]) and models.stat().st_ino == mounted
+    assert "version 2" in capsys.readouterr().err
+    assert storage_initializer.main([f"mlflow://{NAME}/@champion", str(models)]) == 0
+    assert contents(models) == contents(packages[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [(["mlflow://recommender/99"], 1, "99"), (["mlflow://../1"], 2, "no model version"), (["s3://bucket/1"], 2, "s3"),
+     (["mlflow://recommender/1/../2"], 2, "no model version"), ([], 2, "two arguments")],
+)  # fmt: skip
+def test_the_storage_initializer_says_what_is_wrong(shop, tmp_path, monkeypatch, capsys, arguments, code, said):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shop[1].uri)
+    models = tmp_path / "models"
+    assert storage_initializer.main([*arguments, str(models)]) == code
+    assert said in capsys.readouterr().err
+    assert not models.exists() or not contents(models)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert storage_initializer.main([f"mlflow://{NAME}/1", str(models)]) == 2
+    assert "MLFLOW_TRACKING_URI" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-NOUNS = ["pipeline", "model", "serve", "rollout", "load", "drill", "report", "demo"]
+NOUNS = ["pipeline", "model", "serve", "objectives", "rollout", "load", "drill", "report", "demo"]
 
 
 def endcap(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -505,6 +505,8 @@ def test_shoppers_are_counted_when_a_time_is_asked_for(client: AsgiClient) -> No
         },
     }  # fmt: skip
     assert "shoppers" not in client.get("/v1/evidence").json["versions"]["2"]
+    closed = client.get("/v1/evidence").json["versions"]["2"]["closed"]
+    assert f'endcap_feedback_impressions_total{{version="2"}} {float(closed)}' in client.get("/metrics").body.decode()
     for said in (b"", b"now", b"-1", b"nan", b"1e9", b"9" * 13, b"1.", b"%00"):
         refused = client.get("/v1/evidence", query=b"shoppers_since_s=" + said)
         assert (refused.status, refused.json["error"]["where"]) == (400, "shoppers_since_s")

@@ -3,12 +3,13 @@
 from serving.targets.kserve.cluster import Cluster, open_cluster
 from serving.targets.kserve.delivery import Delivery, FixedDelivery, MLflowDelivery, Storage
 from serving.targets.kserve.errors import Reason, ServiceError
+from serving.targets.kserve.gateway import EnvoyGatewayCounts
 from serving.targets.kserve.plan import Sizing
 from serving.targets.kserve.target import KServeTarget
 from serving.targets.kserve.telemetry import Feedback, PodScrapes, ServerTelemetry, Telemetry
 from serving.targets.kserve.waits import Patience
 
 __all__ = [
-    "Cluster", "Delivery", "Feedback", "FixedDelivery", "KServeTarget", "MLflowDelivery", "Patience", "PodScrapes",
+    "Cluster", "Delivery", "EnvoyGatewayCounts", "Feedback", "FixedDelivery", "KServeTarget", "MLflowDelivery", "Patience", "PodScrapes",
     "Reason", "ServerTelemetry", "ServiceError", "Sizing", "Storage", "Telemetry", "open_cluster",
 ]  # fmt: skip

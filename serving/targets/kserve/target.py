@@ -19,6 +19,7 @@ from serving.targets.kserve import plan
 from serving.targets.kserve.cluster import Cluster, Json, path_of
 from serving.targets.kserve.delivery import Delivery
 from serving.targets.kserve.errors import ConflictError, Reason, RefusedError, ServiceError
+from serving.targets.kserve.gateway import ensure_policy
 from serving.targets.kserve.names import (
     BASELINE,
     FENCE_ANNOTATION,
@@ -55,7 +56,8 @@ class KServeTarget:
     """One service. Implements :class:`serving.targets.base.Target`; safe to use from one thread at a time.
 
     ``delivery`` says where versions lie that are not served yet. ``fallback_runtime``: what serves a version that finds
-    no GPU node (its latency is then judged as it is).
+    no GPU node (its latency is then judged as it is). ``policy``: tell Envoy Gateway to count versions apart, and to
+    try once more where a pod was lost (:mod:`serving.targets.kserve.gateway`).
     """
 
     def __init__(
@@ -69,12 +71,13 @@ class KServeTarget:
         sizing: Sizing = Sizing(),  # noqa: B008 - frozen
         patience: Patience = Patience(),  # noqa: B008 - frozen
         fallback_runtime: str | None = None,
+        policy: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.service, self.namespace = service, namespace
         self._cluster, self._delivery = cluster, delivery
         self._telemetry: Telemetry = telemetry or NoTelemetry()
-        self._sizing, self._patience, self._fallback = sizing, patience, fallback_runtime
+        self._sizing, self._patience, self._fallback, self._policy = sizing, patience, fallback_runtime, policy
         self._clock = clock
         self._where = f"inferenceservice {namespace}/{service}"
 
@@ -87,6 +90,8 @@ class KServeTarget:
             ServiceError: there is nothing here that a rollout could be done on; nothing was changed.
         """
         self.check()
+        if self._policy and (why_not := ensure_policy(self._cluster, self.service, self.namespace)) is not None:
+            log.warning("the gateway counts no versions apart: %s", why_not)
         for _ in range(_TRIES):
             lease, service = self._lease(), self._read()
             token = max(_transitions(lease), service.token) + 1

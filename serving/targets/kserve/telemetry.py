@@ -188,8 +188,8 @@ class Feedback:
 
 
 class GatewayCounts(Protocol):
-    def read(self, at_s: float) -> None:
-        """Take in what can be read now. Raises SourceError."""
+    def read(self, pods: Sequence[Json], at_s: float) -> None:
+        """Take in what can be read now; ``pods``: the servers'."""
 
     def versions(self) -> Mapping[str, tuple[Counts, Counts, Counts]]:
         """Attempts, first attempts and requests by version, since counting began."""
@@ -227,7 +227,7 @@ class ServerTelemetry:
         at_s = self._clock()
         self._fold(self._scrapes.scrapes(pods, at_s), at_s)
         if self._gateway is not None:
-            self._gateway.read(at_s)
+            self._gateway.read(pods, at_s)
 
     def _fold(self, scrapes: Sequence[Scrape], at_s: float) -> None:
         began_s = self._folders.began_s if self._folders.began_s is not None else at_s

@@ -10,6 +10,7 @@ from serving.targets.kserve.telemetry import Feedback, PodScrapes, ServerTelemet
 from serving.targets.kserve.waits import Patience
 
 __all__ = [
-    "Cluster", "Delivery", "EnvoyGatewayCounts", "Feedback", "FixedDelivery", "KServeTarget", "MLflowDelivery", "Patience", "PodScrapes",
-    "Reason", "ServerTelemetry", "ServiceError", "Sizing", "Storage", "Telemetry", "open_cluster",
+    "Cluster", "Delivery", "EnvoyGatewayCounts", "Feedback", "FixedDelivery", "KServeTarget", "MLflowDelivery",
+    "Patience", "PodScrapes", "Reason", "ServerTelemetry", "ServiceError", "Sizing", "Storage", "Telemetry",
+    "open_cluster",
 ]  # fmt: skip

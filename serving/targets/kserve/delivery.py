@@ -16,10 +16,14 @@ _SCHEMES = ("s3://", "gs://", "pvc://", "oci://", "hf://", "https://", "http://"
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """``uri`` is KServe's ``storageUri``. ``digest``: SHA-256 of the package's manifest, which holds all the others."""
+    """``uri`` is KServe's ``storageUri``. ``digest``: SHA-256 of the package's manifest, which holds all the others.
+
+    ``runtime``: the ServingRuntime for it; None: stable's.
+    """
 
     uri: str
     digest: str | None = None
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         if not self.uri.startswith(_SCHEMES):
@@ -50,15 +54,17 @@ class MLflowDelivery:
 
     ``template``: the storage URI with ``{name}`` and ``{version}``, such as ``pvc://models/{name}/{version}`` where
     packages are copied to a volume; None takes the artifacts' own place if a cluster can read it, else ``mlflow://``,
-    which the chart's ClusterStorageContainer fetches.
+    which the chart's ClusterStorageContainer fetches. ``runtime``: the ServingRuntime of new versions; None: stable's.
     """
 
     registry: Registry
     name: str
     template: str | None = None
+    runtime: str | None = None
 
     def storage(self, label: str) -> Storage:
         found = self.registry.version(self.name, label)
         if self.template is not None:
-            return Storage(self.template.format(name=self.name, version=found.version), found.digest)
-        return Storage(f"mlflow://{self.name}/{found.version}", found.digest)
+            return Storage(self.template.format(name=self.name, version=found.version), found.digest,
+                           self.runtime)  # fmt: skip
+        return Storage(f"mlflow://{self.name}/{found.version}", found.digest, self.runtime)

@@ -210,16 +210,21 @@ class KServeTarget:
             if canary is not None:
                 found[label] = canary.predictor
                 continue
-            uri = stable.storage_uri if label == stable.label + BASELINE else self._delivery.storage(label).uri
-            found[label] = Predictor(label, predictor_name(self.service, label), uri, stable.runtime)
+            uri, runtime = stable.storage_uri, stable.runtime
+            if label != stable.label + BASELINE:
+                storage = self._delivery.storage(label)
+                uri, runtime = storage.uri, storage.runtime or stable.runtime
+            found[label] = Predictor(label, predictor_name(self.service, label), uri, runtime)
         return found
 
     def _grow(self, token: int, versions: Mapping[str, Predictor], needed: Mapping[str, int], *, back: bool) -> None:
-        fresh = dict(versions)
+        unplaced: dict[str, float] = {}
 
         def look() -> bool | None:
             there, service = self._there(token, back=back)
-            wish = plan.grow(there, fresh, needed)
+            wish = plan.grow(there, versions, needed)
+            if wish == there.spec:
+                wish = self._without_gpu(there, needed, unplaced)
             if wish != there.spec:
                 self._apply(service, wish, token)
                 return None
@@ -242,6 +247,26 @@ class KServeTarget:
             f"{patience.capacity_s:g} s: {_readable(reason)}", where=self._where,
             next_step="see kubectl describe pods -l " + f"{VERSION_LABEL}={label}",
         )  # fmt: skip
+
+    def _without_gpu(self, there: There, needed: Mapping[str, int], unplaced: dict[str, float]) -> Spec:
+        """The wish that serves a version by the other runtime, when no GPU node has come for it; else what is there."""
+        spec = there.spec
+        if self._fallback is None:
+            return spec
+        for label in plan.short_of(there, needed):
+            canary = spec.canary(label)
+            if canary is None or canary.percent > 0 or canary.predictor.runtime == self._fallback:
+                continue
+            reason, _, _ = trouble_of(self._pods_of(spec, label))
+            if "nvidia.com/gpu" not in reason:
+                unplaced.pop(label, None)
+                continue
+            if self._patience.now() - unplaced.setdefault(label, self._patience.now()) >= self._patience.node_s:
+                log.warning("version %s gets no GPU (%s): it is served by %s", label, reason, self._fallback)
+                other = replace(canary, predictor=replace(canary.predictor, runtime=self._fallback))
+                canaries = tuple(other if one is canary else one for one in spec.canaries)
+                spec = replace(spec, canaries=canaries)
+        return spec
 
     def _check_starting(self, there: There, needed: Mapping[str, int]) -> None:
         """Give up at once on a server that ends while it starts, however long one may wait for a node."""

@@ -17,13 +17,14 @@ class Patience:
     """How long is waited for what, in seconds.
 
     ``capacity_s``: pods scheduled, fetched, verified, loaded and ready. ``route_s``: a route written by KServe and
-    taken up by the gateway. ``restarts``: a server that ended so often while it started is given up at once.
+    taken up by the gateway. ``node_s``: a GPU node, where there is a runtime without one. ``restarts``: a server that
+    ended so often while it started is given up at once.
     """
 
     capacity_s: float = 300.0
     route_s: float = 60.0
     healthy_s: float = 10.0
-    drain_s: float = 5.0
+    node_s: float = 30.0
     poll_s: float = 0.5
     restarts: int = 2
     now: Callable[[], float] = time.monotonic

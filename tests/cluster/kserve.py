@@ -78,6 +78,7 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
             for path in sorted((source / place).glob("serving.kserve.io_*.yaml"))]  # fmt: skip
     for path in crds:
         access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(path))
+    _until_served(open_cluster(kubeconfig=str(access.kubeconfig)))
     access.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kserve"}})
     access.apply(_settings(source / "configmap" / "inferenceservice.yaml", gateway))
     authority = Authority(scratch / "pki")

@@ -156,9 +156,13 @@ def test_the_fence_outlives_what_kserve_writes_to_the_status(cluster: Cluster, n
     target = serving(cluster, namespace)
     token = target.acquire("test")
     target.ensure_capacity({TWO: 0.1, ONE: 0.9}, token=token)  # KServe wrote conditions and canary statuses
-    found = cluster.get(path_of("inferenceservices", namespace, SERVICE)) or {}
-    assert found["status"]["annotations"]["endcap.dev/fencing-token"] == str(token)
-    assert found["status"]["canaryStatuses"][0]["ready"] is True
+    path = path_of("inferenceservices", namespace, SERVICE)
+
+    def status() -> dict:
+        return (cluster.get(path) or {})["status"]
+
+    wait_until(lambda: status()["canaryStatuses"][0]["ready"], "KServe holds the canary for ready", deadline_s=90)
+    assert status()["annotations"]["endcap.dev/fencing-token"] == str(token)
 
 
 def test_a_server_that_refuses_its_package_is_given_up(cluster: Cluster, namespace: str, fakes: Fakes) -> None:

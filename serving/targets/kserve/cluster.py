@@ -146,7 +146,7 @@ def _refusal(error: Any, path: str) -> TargetError:
         return ConflictError(said, where=path)
     if error.status in (401, 403) and "denied the request" not in said:
         return RefusedError(said, where=path, next_step="give endcap's ServiceAccount the role that the chart has")
-    if error.status in (400, 403, 404, 405, 415, 422):
+    if error.status in (400, 403, 404, 405, 415, 422) or "failed to create typed patch object" in said:
         return RefusedError(said, where=path)
     return TargetError(f"the API server answers {error.status}: {said}", where=path)
 

@@ -1,0 +1,102 @@
+"""Shoppers of a service behind a cluster's gateway: open loop, no retries, and some of them click."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import httpx
+
+from tests.packages import ITEMS
+
+
+@dataclass
+class Shoppers:
+    """Asks ``url`` with the header ``host`` at ``rate`` a second until the block ends.
+
+    Each request is a shopper's of their own. One in two wants what follows their newest item in the table, and clicks
+    it where it is what they are shown. ``feedback``: the collector's URL.
+    """
+
+    url: str
+    host: str
+    rate: float = 100.0
+    timeout_s: float = 5.0
+    feedback: str | None = None
+    statuses: Counter[str] = field(default_factory=Counter)
+    """By status, or by what there was instead of one."""
+    versions: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="shoppers", daemon=True)
+
+    def __enter__(self) -> Shoppers:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._ending.set()
+        self._thread.join(timeout=60)
+
+    @property
+    def asked(self) -> int:
+        return sum(self.statuses.values())
+
+    async def _run(self) -> None:
+        draw = random.Random(11)
+        limits = httpx.Limits(max_connections=300, max_keepalive_connections=64)
+        async with httpx.AsyncClient(limits=limits, timeout=self.timeout_s, trust_env=False) as client:
+            start_s, number = time.monotonic(), 0
+            async with asyncio.TaskGroup() as group:
+                while not self._ending.is_set():
+                    newest, wants = draw.randrange(len(ITEMS)), draw.random() < 0.5
+                    group.create_task(self._ask(client, f"s{number}", newest, wants))
+                    number += 1
+                    await asyncio.sleep(max(0.0, start_s + number / self.rate - time.monotonic()))
+
+    async def _ask(self, client: httpx.AsyncClient, shopper: str, newest: int, wants: bool) -> None:
+        body = {"shopper": shopper, "history": [ITEMS[newest]], "k": 1}
+        headers = {"host": self.host, "x-endcap-shopper": shopper}
+        try:
+            answer = await client.post(self.url + "/v1/recommend", json=body, headers=headers)
+        except httpx.HTTPError as error:
+            self._note(type(error).__name__, f"{time.time():.1f} {error!r}")
+            return
+        if answer.status_code != 200:
+            self._note(str(answer.status_code), f"{time.time():.1f} {answer.status_code} {answer.text[:200]}")
+            return
+        self.statuses["200"] += 1
+        self.versions[answer.headers.get("x-endcap-version", "?")] += 1
+        if self.feedback is None:
+            return
+        said = answer.json()
+        token, shown = said.get("impression"), said["items"][0] if said.get("items") else None
+        if token is None:
+            return
+        events = [{"impression": token, "type": "shown"}]
+        if wants and shown == ITEMS[(newest + 1) % len(ITEMS)]:
+            events.append({"impression": token, "type": "clicked", "item": shown})
+        try:
+            await client.post(self.feedback + "/v1/feedback", json={"events": events})
+        except httpx.HTTPError as error:
+            self.failures.append(f"feedback: {error!r}")
+
+    def _note(self, what: str, detail: str) -> None:
+        self.statuses[what] += 1
+        self.failures.append(detail)
+
+    @property
+    def failed(self) -> int:
+        return self.asked - self.statuses["200"]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from endcap.errors import EndcapError, InputError
 from endcap.package import Manifest
 from serving.asgi import MAX_BODY_BYTES, Headers
-from serving.server import grpc_messages, http2, oip, tensors
+from serving.server import bounds, grpc_messages, http2, oip, tensors
 from serving.tracing import CURRENT
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 9, 413: 8, 415: 12, 429: 8, 501:
 FAILED_PRECONDITION, RESOURCE_EXHAUSTED, UNIMPLEMENTED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, UNAVAILABLE,
 DEADLINE_EXCEEDED."""
 
-_SWEEP_S = 15.0
-_REQUEST_S = 60.0
-"""A request that has not come whole by then (at the next sweep) is cancelled."""
+_SWEEP_S = 5.0
+_SLOW_S = 30.0
+"""A request that has not come whole by then, or an answer that has not been read, is given up at the next sweep."""
 _INFER = f"/{grpc_messages.SERVICE}/ModelInfer"
 _RPC = {"rpc.system": "grpc", "rpc.service": grpc_messages.SERVICE, "rpc.method": "ModelInfer", "endcap.route": "grpc"}
 _FAULTS = (4, 13, 14)
@@ -211,7 +211,7 @@ class GrpcServer:
         self.port = port
         self._backend = backend
         self._host = host
-        self._limits = http2.Limits(message_bytes=max_bytes)
+        self._limits = http2.Limits(message_bytes=max_bytes, connections=bounds.connections("grpc"))
         self._reuse_port = reuse_port
         self._tracing = tracing
         self._methods = self._handlers()
@@ -253,7 +253,7 @@ class GrpcServer:
 
     def _sweep(self) -> None:
         for connection in list(self._connections):
-            connection.sweep(time.monotonic() - _REQUEST_S)
+            connection.sweep(time.monotonic() - _SLOW_S)
         self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     async def _call(self, request: http2.Request) -> bytes:

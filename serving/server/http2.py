@@ -5,8 +5,9 @@ one 32 (decision 14). RFC 9113 without push, priorities and upgrade from HTTP/1;
 package; checked with h2spec and grpcio's own clients.
 
 What a peer can make a connection hold is bounded: streams at once, bytes of a message and of a header block, frames
-that ask for nothing, the time a request may take to arrive. A peer that breaks the protocol gets GOAWAY with the reason
-and is closed; a fault of one stream ends that stream.
+that ask for nothing, requests that are taken back, the time a request may take to arrive and an answer to be read. What
+all connections hold of such requests and answers together is bounded too (``bounds.Held``). A peer that breaks the
+protocol gets GOAWAY with the reason and is closed; a fault of one stream ends that stream.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import cast
 from urllib.parse import quote
 
 from hpack import Decoder
+
+from serving.server.bounds import HELD, Allowance, Held
 
 __all__ = ["Connection", "Limits", "Refused", "Request"]
 
@@ -37,7 +40,19 @@ MOST_WINDOW = (1 << 31) - 1
 FIRST_WINDOW = 65_535
 PREFACE_S = 10.0
 LINGER_S = 0.2
-_KNOWN_HEADS = 64
+CLOSE_S = 5.0
+"""For a peer that was told to go to read that; then the connection is cut."""
+_KNOWN_HEADS, _KNOWN_BYTES = 16, 64
+_MOST_SETTINGS = 64
+
+# What a peer pays for frames that ask for nothing, in frames, and what earns it: ``Limits.idle_frames`` is its credit.
+_PRICE_SETTINGS, _PRICE_RESET, _PRICE_REFUSED = 10, 20, 5
+_EARNED_REQUEST, _EARNED_DATA, _EARNED_SWEEP = 100, 4, 300
+_DATA_THAT_PAYS, _DATA_THAT_EARNS = 64, 1024
+"""Bytes: a frame with less of a message, one with more of an answer."""
+
+_QUIET_SWEEPS, _DEAD_SWEEPS = 60, 66
+"""Sweeps without a frame after which a peer is asked whether it is there, and those after which it is not."""
 
 OK, CANCELLED, INVALID, DEADLINE, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 1, 3, 4, 8, 12, 13, 14
 
@@ -49,7 +64,11 @@ class Limits:
     header_bytes: int = 16_384
     connections: int = 4096
     idle_frames: int = 10_000
-    """Frames without a request among them that a peer may send before it is told to calm down."""
+    """Frames that ask for nothing which a peer may send beyond those that its requests need."""
+    resets: int = 1000
+    resets_per_s: float = 100.0
+    """Requests that a connection may take back, or get wrong, at once, and a second; one that does so more often is
+    drained: what it has asked is answered, and it must begin anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +123,8 @@ _STATUS_415 = literal(b":status", b"415")
 _GOOD_END = literal(b"grpc-status", b"0")
 _UNITS_S = {72: 3600.0, 77: 60.0, 83: 1.0, 109: 1e-3, 117: 1e-6, 110: 1e-9}
 _PADS = PADDED | PRIORITIZED
+_UPDATES = frozenset(bytes((byte,)) for byte in range(0x20, 0x40))
+"""First bytes of HPACK's update of its table's size."""
 _HTTP1 = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"upgrade", b"proxy-connection"})
 
 
@@ -119,7 +140,7 @@ class _Head:
 
 
 class _Stream:
-    __slots__ = ("begun_s", "body", "ended", "head", "out", "task", "trailers", "window")
+    __slots__ = ("begun_s", "blocked_s", "body", "ended", "head", "held", "out", "task", "trailers", "window")
 
     def __init__(self, head: _Head, window: int) -> None:
         self.head = head
@@ -130,6 +151,8 @@ class _Stream:
         self.task: asyncio.Task[None] | None = None
         self.out = memoryview(b"")
         self.trailers = b""
+        self.held = False
+        self.blocked_s = 0.0
 
 
 Handler = Callable[[Request], Awaitable[bytes]]
@@ -138,10 +161,11 @@ Handler = Callable[[Request], Awaitable[bytes]]
 class Connection(asyncio.Protocol):
     """One connection. ``handler`` answers a call with a message, or raises :class:`Refused`."""
 
-    def __init__(self, handler: Handler, limits: Limits, open_connections: set[Connection]) -> None:
+    def __init__(self, handler: Handler, limits: Limits, open_connections: set[Connection], held: Held = HELD) -> None:
         self._handler = handler
         self._limits = limits
         self._all = open_connections
+        self._held = held
         self._transport: asyncio.Transport
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
@@ -159,7 +183,13 @@ class Connection(asyncio.Protocol):
         self._first_window = FIRST_WINDOW
         self._unread = 0
         self._idle = 0
-        self._blocked = 0
+        self._resets = Allowance(limits.resets, limits.resets_per_s)
+        self._blocked: dict[int, _Stream] = {}
+        self._paused_s: float | None = None
+        self._frames = 0
+        self._swept = (0, 0, False)
+        self._quiet = 0
+        self._half_closed = False
         self._broken = False
         self._draining = False
         self._leaving = False
@@ -169,7 +199,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if len(self._all) >= self._limits.connections:
+        if len(self._all) >= self._limits.connections and not self._others_make_way():
             self._give_up()
             self._transport.abort()
             return
@@ -187,23 +217,42 @@ class Connection(asyncio.Protocol):
             self._waiting_s.cancel()
         self._give_up()
 
+    def _others_make_way(self) -> bool:
+        """Whether there is room again: of connections that say nothing one was let go."""
+        quiet = next((one for one in self._all if one._quiet and not one._streams), None)
+        if quiet is not None:
+            quiet._all.discard(quiet)
+            quiet._fail(_ConnectionFault(NO_ERROR, "too many connections"))
+        return quiet is not None
+
     def _give_up(self) -> None:
         """Nobody will read the answers."""
         self._broken = True
-        self._buffer = b""
-        for stream in self._streams.values():
-            if stream.task is not None:
+        self._buffer = self._block = b""
+        self._known.clear()
+        for number in list(self._streams):
+            stream = self._forget(number)
+            if stream is not None and stream.task is not None:
                 stream.task.cancel()
-        self._streams.clear()
 
     def pause_writing(self) -> None:
+        self._paused_s = time.monotonic()
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self._paused_s = None
         self._transport.resume_reading()
+        self._flush()
 
     def eof_received(self) -> bool:
-        return False
+        """What the peer has asked is answered all the same."""
+        if self._broken:
+            return False
+        self._half_closed = self._draining = True
+        for number, stream in list(self._streams.items()):  # nothing more comes for them, and no window either
+            if not stream.ended or len(stream.out) > min(self._window, stream.window):
+                self._forget(number)
+        return bool(self._streams)
 
     def data_received(self, data: bytes) -> None:
         if self._broken:
@@ -244,10 +293,14 @@ class Connection(asyncio.Protocol):
         self._give_up()
         self._transport.write(frame(GOAWAY, 0, 0, struct.pack(">LL", self._last, fault.code) + fault.text.encode()))
         self._transport.close()
+        if self._waiting_s is not None:
+            self._waiting_s.cancel()
+        self._waiting_s = self._loop.call_later(CLOSE_S, self._transport.abort)
 
     # ---- what comes ----
 
     def _frame(self, kind: int, flags: int, number: int, payload: bytes) -> None:
+        self._frames += 1
         if self._continued and (kind != CONTINUATION or number != self._continued):
             raise _ConnectionFault(PROTOCOL_ERROR, "a header block is not ended")
         if not self._settled:
@@ -259,9 +312,7 @@ class Connection(asyncio.Protocol):
         elif kind == DATA:
             self._data(flags, number, payload)
         else:
-            self._idle += 1
-            if self._idle > self._limits.idle_frames:
-                raise _ConnectionFault(ENHANCE_YOUR_CALM, "frames without requests")
+            self._pay(1)
             if kind == WINDOW_UPDATE:
                 self._window_update(number, payload)
             elif kind == PING:
@@ -278,10 +329,9 @@ class Connection(asyncio.Protocol):
                     raise _ConnectionFault(FRAME_SIZE_ERROR)
                 if number == 0 or number > self._last:
                     raise _ConnectionFault(PROTOCOL_ERROR, "reset of an idle stream")
-                self._idle += 20  # each may have begun work
-                stream = self._forget(number)
-                if stream is not None and stream.task is not None:
-                    stream.task.cancel()
+                self._pay(_PRICE_RESET)  # each may have begun work
+                if number in self._streams:
+                    self._take_back(number)
             elif kind == CONTINUATION:
                 if not self._continued:
                     raise _ConnectionFault(PROTOCOL_ERROR, "continuation of nothing")
@@ -327,6 +377,7 @@ class Connection(asyncio.Protocol):
         if self._draining:  # GOAWAY has said that it will not be looked at
             return
         if len(self._streams) >= self._limits.streams:
+            self._pay(_PRICE_REFUSED)
             self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", REFUSED_STREAM)))
             return
         if head is None:
@@ -343,9 +394,11 @@ class Connection(asyncio.Protocol):
         A client's later blocks mostly point into the table that its first ones filled: one byte a field. Such a block
         changes nothing there, so that it says the same until one of another kind has come.
         """
-        pointers = bool(block) and min(block) > 0x80 and max(block) < 0xFF
+        pointers = 0 < len(block) <= _KNOWN_BYTES and min(block) > 0x80 and max(block) < 0xFF
         if pointers and block in self._known:
             return self._known[block]
+        if block[:1] in _UPDATES and _updates(block) > 2:  # no encoder needs more (RFC 7541, 4.2)
+            raise _ConnectionFault(COMPRESSION_ERROR, "many updates of the table's size")
         try:
             fields = self._decoder.decode(block, raw=True)
         except Exception as error:  # whatever the decoder makes of such bytes
@@ -368,24 +421,38 @@ class Connection(asyncio.Protocol):
             payload = _bare(flags & PADDED, payload, number)
         stream = self._streams.get(number)
         if stream is None:
-            self._idle += 1
+            self._pay(1)
             if not self._draining:
                 self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", STREAM_CLOSED)))
             return
         if stream.ended:
             raise _ConnectionFault(STREAM_CLOSED, "data after the end")
-        if not payload:
-            self._idle += 1
         stream.body += payload
         if len(stream.body) > self._limits.message_bytes + 5:
             most = self._limits.message_bytes
             self._refuse(number, stream, Refused(EXHAUSTED, f"body: the message is larger than {most} bytes"))
         elif flags & END_STREAM:
             self._ended(number, stream)
+        else:
+            if len(payload) < _DATA_THAT_PAYS:
+                self._pay(1)
+            stream.held = True
+            self._held.set(self, number, len(stream.body))
+
+    def _pay(self, frames: int) -> None:
+        self._idle += frames
+        if self._idle > self._limits.idle_frames:
+            raise _ConnectionFault(ENHANCE_YOUR_CALM, "frames without requests")
+
+    def _earn(self, frames: int) -> None:
+        self._idle = self._idle - frames if self._idle > frames else 0
 
     def _ended(self, number: int, stream: _Stream) -> None:
         stream.ended = True
-        self._idle = 0
+        self._idle = self._idle - _EARNED_REQUEST if self._idle > _EARNED_REQUEST else 0
+        if stream.held:
+            stream.held = False
+            self._held.drop(self, number)
         body = stream.body
         if stream.head.length not in (-1, len(body)):
             self._reset(number, PROTOCOL_ERROR)
@@ -408,17 +475,24 @@ class Connection(asyncio.Protocol):
             raise _ConnectionFault(FRAME_SIZE_ERROR)
         if flags & ACK:
             return
-        for place in range(0, len(payload), 6):
-            name, value = struct.unpack_from(">HL", payload, place)
+        self._pay(_PRICE_SETTINGS)
+        if len(payload) > 6 * _MOST_SETTINGS:
+            raise _ConnectionFault(ENHANCE_YOUR_CALM, "many settings")
+        first_window = self._first_window
+        for name, value in struct.iter_unpack(">HL", payload):
             if name == 4:
                 if value > MOST_WINDOW:
                     raise _ConnectionFault(FLOW_CONTROL_ERROR)
-                grown = value - self._first_window
-                self._first_window = value
-                for stream in self._streams.values():
-                    stream.window += grown
+                first_window = value
             elif (name == 2 and value > 1) or (name == 5 and not FRAME_BYTES <= value < 1 << 24):
                 raise _ConnectionFault(PROTOCOL_ERROR, "a setting out of range")
+        grown = first_window - self._first_window
+        if grown:
+            self._first_window = first_window
+            for stream in self._streams.values():
+                stream.window += grown
+                if stream.window > MOST_WINDOW:
+                    raise _ConnectionFault(FLOW_CONTROL_ERROR, "window")
         self._transport.write(frame(SETTINGS, ACK, 0, b""))
         self._flush()
 
@@ -438,7 +512,9 @@ class Connection(asyncio.Protocol):
                 stream.window += grown
                 if not grown or stream.window > MOST_WINDOW:
                     self._reset(number, FLOW_CONTROL_ERROR if grown else PROTOCOL_ERROR)
-                    return
+                elif number in self._blocked:
+                    self._flush(number)
+            return
         self._flush()
 
     # ---- what goes ----
@@ -462,7 +538,7 @@ class Connection(asyncio.Protocol):
         tail = frame(HEADERS, END_HEADERS | END_STREAM, number, _GOOD_END)
         body = b"\x00" + size.to_bytes(4, "big") + answer
         size += 5
-        if size <= FRAME_BYTES and size <= self._window and size <= stream.window:
+        if size <= FRAME_BYTES and size <= self._window and size <= stream.window and self._paused_s is None:
             self._window -= size
             self._transport.write(begin + frame(DATA, 0, number, body) + tail)
             del self._streams[number]
@@ -470,34 +546,46 @@ class Connection(asyncio.Protocol):
             return
         self._transport.write(begin)
         stream.out, stream.trailers = memoryview(body), tail
-        self._blocked += 1
-        self._flush()
+        stream.blocked_s = time.monotonic()
+        self._blocked[number] = stream
+        self._flush(number)
+        if number not in self._blocked:
+            return
+        if self._half_closed and len(stream.out) > min(self._window, stream.window):  # no window will come
+            self._forget(number)
+            self._ended_all()
+            return
+        stream.held = True
+        self._held.set(self, number, size)
 
-    def _flush(self) -> None:
-        """Send what the windows let through."""
+    def _flush(self, number: int | None = None) -> None:
+        """Send what the windows let through, of one stream's answer or of all."""
         if not self._blocked:
             return
-        done = []
-        for number, stream in self._streams.items():
-            if not stream.trailers:
-                continue
-            while stream.out and self._window > 0 and stream.window > 0:
+        for one in [number] if number is not None else list(self._blocked):
+            stream = self._blocked[one]
+            while stream.out and self._window > 0 and stream.window > 0 and self._paused_s is None:
                 size = min(FRAME_BYTES, self._window, stream.window, len(stream.out))
-                self._transport.write(frame(DATA, 0, number, bytes(stream.out[:size])))
+                self._transport.write(frame(DATA, 0, one, bytes(stream.out[:size])))
                 stream.out = stream.out[size:]
                 self._window -= size
                 stream.window -= size
+                if size >= _DATA_THAT_EARNS:
+                    self._earn(_EARNED_DATA)
             if not stream.out:
                 self._transport.write(stream.trailers)
-                done.append(number)
-        for number in done:
-            self._forget(number)
+                self._forget(one)
+            elif self._window <= 0 or self._paused_s is not None:
+                break
         self._ended_all()
 
     def _forget(self, number: int) -> _Stream | None:
         stream = self._streams.pop(number, None)
-        if stream is not None and stream.trailers:
-            self._blocked -= 1
+        if stream is not None:
+            if stream.trailers:
+                del self._blocked[number]
+            if stream.held:
+                self._held.drop(self, number)
         return stream
 
     def _refuse(self, number: int, stream: _Stream, refused: Refused) -> None:
@@ -520,11 +608,30 @@ class Connection(asyncio.Protocol):
         self._ended_all()
 
     def _reset(self, number: int, code: int) -> None:
+        self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", code)))
+        self._take_back(number)
+
+    def _take_back(self, number: int) -> None:
+        """The peer wants no answer, or has got the request wrong. Who does so all the time makes work for nothing
+        (CVE-2023-44487, CVE-2025-8671)."""
         stream = self._forget(number)
         if stream is not None and stream.task is not None:
             stream.task.cancel()
-        self._idle += 20
-        self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", code)))
+        if not self._resets.spend(time.monotonic()):
+            self.drain(ENHANCE_YOUR_CALM)
+        self._ended_all()
+
+    def make_way(self, number: int) -> None:
+        """Too much is held: give up what has been held for longest (see :class:`~serving.server.bounds.Held`)."""
+        stream = self._streams.get(number)
+        if stream is None:
+            return
+        if not stream.ended:
+            self._refuse(number, stream, Refused(EXHAUSTED, "body: it came too slowly, and others need the memory"))
+        else:
+            self._transport.write(frame(RST_STREAM, 0, number, struct.pack(">L", ENHANCE_YOUR_CALM)))
+            self._forget(number)
+            self._ended_all()
 
     def _ended_all(self) -> None:
         if self._draining and not self._streams and not self._leaving:
@@ -533,18 +640,42 @@ class Connection(asyncio.Protocol):
             # the last answers with it.
             self._loop.call_later(LINGER_S, self._transport.close)
 
-    def drain(self) -> None:
+    def drain(self, code: int = NO_ERROR) -> None:
         """Take no more calls; close when those under way are answered."""
         if not (self._draining or self._broken):
-            self._transport.write(frame(GOAWAY, 0, 0, struct.pack(">LL", self._last, NO_ERROR)))
+            self._transport.write(frame(GOAWAY, 0, 0, struct.pack(">LL", self._last, code)))
             self._draining = True
             self._ended_all()
 
     def sweep(self, older_than_s: float) -> None:
-        """End streams that began before this, by ``time.monotonic``, and of which the request is not whole yet."""
-        for number in [number for number, stream in self._streams.items()
-                       if not stream.ended and stream.begun_s < older_than_s]:  # fmt: skip
-            self._reset(number, CANCEL)
+        """End what has lasted since before this, by ``time.monotonic``: requests that are not whole, answers that are
+        not read. Call it all few seconds: a frame must come whole from one call to the next, and a peer that says
+        nothing for ``_QUIET_SWEEPS`` calls is asked whether it is there."""
+        if self._broken:
+            return
+        self._earn(_EARNED_SWEEP)
+        late = [(number, stream) for number, stream in self._streams.items() if stream.begun_s < older_than_s]
+        for number, stream in late:
+            if not stream.ended:
+                self._refuse(number, stream, Refused(DEADLINE, "body: the message took too long to arrive"))
+            elif stream.trailers and stream.blocked_s < older_than_s:
+                self._reset(number, CANCEL)
+        if self._paused_s is not None and self._paused_s < older_than_s:
+            self._give_up()
+            self._transport.abort()
+            return
+        before, self._swept = self._swept, (self._frames, self._continued, bool(self._buffer))
+        self._quiet = self._quiet + 1 if before[0] == self._frames else 0
+        begun = before[2] and self._buffer and self._quiet and self._paused_s is None
+        if begun or (self._continued and before[1] == self._continued):
+            self._fail(_ConnectionFault(ENHANCE_YOUR_CALM, "a frame or header block took too long to arrive"))
+        elif self._half_closed and not self._streams:
+            self._transport.close()
+        elif self._quiet == _QUIET_SWEEPS:
+            self._transport.write(frame(PING, 0, 0, bytes(8)))
+        elif self._quiet >= _DEAD_SWEEPS:
+            self._give_up()
+            self._transport.abort()
 
     def abort(self) -> None:
         """Close now."""
@@ -567,6 +698,19 @@ def _bare(flags: int, payload: bytes, number: int) -> bytes:
     if start > end:
         raise _ConnectionFault(PROTOCOL_ERROR, "more padding than payload")
     return payload[start:end]
+
+
+def _updates(block: bytes) -> int:
+    """How many updates of the table's size a header block begins with."""
+    found = place = 0
+    while block[place : place + 1] in _UPDATES:
+        found += 1
+        more = block[place] == 0x3F  # a number of several bytes
+        place += 1
+        while more and place < len(block):
+            more = block[place] >= 0x80
+            place += 1
+    return found
 
 
 def _read(fields: Iterable[tuple[bytes, bytes]]) -> _Head | None:

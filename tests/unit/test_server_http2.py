@@ -5,117 +5,14 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
-from hpack import Decoder, Encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.server import http2
-from serving.server.http2 import Connection, Limits, Refused, Request, frame
-
-FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/s/M"), ("content-type", "application/grpc")]
-SETTINGS = frame(http2.SETTINGS, 0, 0, b"")
-BOTH = http2.END_HEADERS | http2.END_STREAM
-
-
-def window(grown: int, stream: int = 0) -> bytes:
-    return frame(http2.WINDOW_UPDATE, 0, stream, struct.pack(">L", grown))
-
-
-class Transport:
-    def __init__(self) -> None:
-        self.sent = b""
-        self.closed = self.paused = False
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        self.sent += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    abort = close
-
-    def pause_reading(self) -> None:
-        self.paused = True
-
-    def resume_reading(self) -> None:
-        self.paused = False
-
-
-class Peer:
-    """A client of one connection. ``frames()`` are those that came since it was last asked."""
-
-    def __init__(self, handler: http2.Handler | None = None, **limits: int) -> None:
-        async def echo(request: Request) -> bytes:
-            self.requests.append(request)
-            return request.message
-
-        self.requests: list[Request] = []
-        self.open: set[Connection] = set()
-        self.connection = Connection(handler or echo, Limits(**({"message_bytes": 100_000} | limits)), self.open)
-        self.transport = Transport()
-        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
-        self._encoder, self._decoder, self._read = Encoder(), Decoder(), 0
-
-    def send(self, *frames: bytes) -> None:
-        for one in frames:
-            if not self.transport.closed:
-                self.connection.data_received(one)
-
-    def begin(self) -> Peer:
-        self.send(http2.PREFACE + SETTINGS)
-        self.frames()
-        return self
-
-    def block(self, *more: tuple[str, str], fields: list[tuple[str, str]] = FIELDS) -> bytes:
-        found: bytes = self._encoder.encode([*fields, *more])
-        return found
-
-    def call(self, stream: int, message: bytes, *more: tuple[str, str]) -> None:
-        self.send(frame(http2.HEADERS, http2.END_HEADERS, stream, self.block(*more)))
-        body = b"\0" + len(message).to_bytes(4, "big") + message
-        for start in range(0, len(body), http2.FRAME_BYTES):
-            last = start + http2.FRAME_BYTES >= len(body)
-            self.send(frame(http2.DATA, http2.END_STREAM * last, stream, body[start : start + http2.FRAME_BYTES]))
-
-    def frames(self) -> list[tuple[int, int, int, Any]]:
-        """Kind, flags, stream and payload; header blocks are decoded."""
-        found: list[tuple[int, int, int, Any]] = []
-        data = self.transport.sent
-        while self._read < len(data):
-            length = int.from_bytes(data[self._read : self._read + 3], "big")
-            kind, flags = data[self._read + 3], data[self._read + 4]
-            stream = int.from_bytes(data[self._read + 5 : self._read + 9], "big")
-            payload: Any = data[self._read + 9 : self._read + 9 + length]
-            self._read += 9 + length
-            if kind == http2.HEADERS:
-                payload = dict(self._decoder.decode(payload))
-            found.append((kind, flags, stream, payload))
-        return found
-
-    def fault(self) -> int:
-        """The reason of the GOAWAY that ended the connection."""
-        assert self.transport.closed
-        last = self.frames()[-1]
-        assert last[0] == http2.GOAWAY
-        return int.from_bytes(last[3][4:8], "big")
-
-
-def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(test())
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
-
-async def answered() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+from serving.server.http2 import Refused, Request, frame
+from tests.http2_peer import BOTH, FIELDS, SETTINGS, Peer, answered, on_loop, window
 
 
 @on_loop
@@ -277,7 +174,9 @@ async def test_streams_beyond_the_limit_and_requests_that_never_end_are_refused(
         peer.send(frame(http2.HEADERS, http2.END_HEADERS, stream, peer.block()))
     assert peer.frames() == [(http2.RST_STREAM, 0, 5, struct.pack(">L", http2.REFUSED_STREAM))]
     peer.connection.sweep(time.monotonic() + 1)
-    assert [found[:3] for found in peer.frames()] == [(http2.RST_STREAM, 0, 1), (http2.RST_STREAM, 0, 3)]
+    ended = [found for found in peer.frames() if found[0] == http2.HEADERS]
+    assert [(found[2], found[3]["grpc-status"]) for found in ended] == [(1, "4"), (3, "4")]
+    assert "took too long" in ended[0][3]["grpc-message"]
     peer.call(7, b"x")
     await answered()
     assert peer.frames()[-1][3] == {"grpc-status": "0"}
@@ -289,7 +188,7 @@ async def test_connections_beyond_the_limit_are_closed() -> None:
     assert peer.transport.closed
     peer.send(OPEN)
     peer.connection.connection_lost(None)
-    assert (peer.transport.sent, peer.open) == (b"", set())
+    assert (bytes(peer.transport.sent), peer.open) == (b"", set())
 
 
 @on_loop

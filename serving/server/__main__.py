@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     from serving.server.app import Replica, ServerApp
     from serving.server.cache import open_cache
     from serving.server.engine import cores, on_gpu
-    from serving.server.http import SheddingProtocol
+    from serving.server.http import SheddingProtocol, sweep
     from serving.server.metrics import ServerMetrics
     from serving.server.service import Limits, Service, load_service
 
@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def start(server: DrainingServer) -> None:
             tasks.append(asyncio.create_task(keep_fresh(watched, on_failure=metrics.files_refused.inc)))
+            tasks.append(asyncio.create_task(sweep(server.server_state.connections)))
             if app.service is None:
                 tasks.append(asyncio.create_task(open_loaded(server)))
             if arguments.grpc_port is not None:

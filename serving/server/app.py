@@ -42,6 +42,8 @@ log = logging.getLogger("serving.server")
 
 RECOMMEND_PATH = "/v1/recommend"
 _MAX_REQUEST_ID = 128
+_MAX_SAID = 200
+"""Characters of a caller's own that an error says back."""
 _NOTHING = Recommendation([], [])
 _TEMPLATES = {"recommend": RECOMMEND_PATH, "shadow": RECOMMEND_PATH, "infer": "/v2/models/{model}/infer",
               "predict": "/v1/models/{model}:predict"}  # fmt: skip
@@ -356,7 +358,7 @@ class ServerApp:
         ) is not None:
             await self._send(send, found.status, found.body)
         else:
-            await self._send(send, 404, oip.error_text(InputError("no such path", where=path)))
+            await self._send(send, 404, oip.error_text(InputError("no such path", where=path[:_MAX_SAID])))
 
     @staticmethod
     def _error(route: str, error: EndcapError) -> bytes:

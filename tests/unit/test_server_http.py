@@ -3,93 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from itertools import pairwise
-from typing import Any
 
 import orjson
 import pytest
-import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
-from uvicorn.server import ServerState
 
-from serving.asgi import Headers, Receive, Scope, Send, read_body, send_answer
 from serving.server.http import MAX_HEAD_BYTES, SheddingProtocol
-
-POST = b"POST /v1/recommend HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
-
-
-class Transport:
-    def __init__(self) -> None:
-        self.written = b""
-        self.closed = False
-
-    def get_extra_info(self, _: str) -> None:
-        return None
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def write(self, data: bytes) -> None:
-        assert not self.closed
-        self.written += data
-
-    def close(self) -> None:
-        self.closed = True
-
-    def pause_reading(self) -> None: ...
-
-    def resume_reading(self) -> None: ...
-
-
-class App:
-    """Answers every request with its body, when ``gate`` opens."""
-
-    crowded = False
-
-    def __init__(self) -> None:
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    def turn_away(self, path: str, headers: Headers) -> tuple[int, bytes, Headers] | None:
-        return (503, b'{"error":"no"}', ((b"retry-after", b"1"),)) if path == "/v1/recommend" else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await read_body(scope, receive)
-        await self.gate.wait()
-        await send_answer(send, 200, body or b"-")
+from tests.http1_peer import POST, App, Transport, run, settled
 
 
 class Impatient(SheddingProtocol):
     slow_s = 0.01
-
-
-Work = Callable[[App, SheddingProtocol, Transport], Awaitable[None]]
-
-
-def run(work: Work, kind: type[SheddingProtocol] = SheddingProtocol) -> Transport:
-    transport = Transport()
-
-    async def main() -> None:
-        app: Any = App()
-        config = uvicorn.Config(app, http=kind, lifespan="off", log_config=None, interface="asgi3", proxy_headers=False)
-        config.load()
-        protocol = kind(config=config, server_state=ServerState(), app_state={})
-        protocol.connection_made(transport)  # type: ignore[arg-type]
-        await work(app, protocol, transport)
-        ended = transport.closed
-        protocol.connection_lost(None)
-        transport.closed = ended
-
-    asyncio.run(main())
-    return transport
-
-
-async def settled(transport: Transport, count: int = 1) -> None:
-    async with asyncio.timeout(30):
-        while transport.written.count(b"HTTP/1.1") < count or not transport.written.endswith((b"}", b"-")):
-            await asyncio.sleep(0.001)
 
 
 @given(cuts=st.lists(st.integers(1, len(POST) - 1), max_size=6))

@@ -147,7 +147,8 @@ def test_a_port_in_use_and_a_bad_key_are_said_on_one_line(folder: Path, tmp_path
 def test_sigterm_fails_readiness_first_and_loses_no_request(folder: Path, tmp_path: Path) -> None:
     """As behind a gateway: senders stop once an answer tells that the replica is draining."""
     port = free_port()
-    with started(arguments(folder, port, "--drain-s", "30", package="slow"), port, tmp_path / "log") as program:
+    run = arguments(folder, port, "--drain-s", "30", "--timeout-s", "30", package="slow")
+    with started(run, port, tmp_path / "log") as program:
         program.wait_for("/v2/health/ready")
         statuses: list[int] = []
         told: list[bool] = []

@@ -54,8 +54,8 @@ def _prepare(given: argparse.Namespace) -> Bench:
     core, others = cores()
     client = Client(build_client(_ROOT / "build" / "serving-client"), others)
     return Bench(
-        work, client, core, cache(lambda: opponent_python(_ROOT, "mlserver")), given.seconds, given.repeats,
-        given.overload_s, SEED, _say,
+        work, client, core, cache(lambda: opponent_python(_ROOT, "mlserver")),
+        cache(lambda: opponent_python(_ROOT, "minilm")), given.seconds, given.repeats, given.overload_s, SEED, _say,
     )  # fmt: skip
 
 

@@ -201,7 +201,8 @@ def overload(bench: Bench) -> Part:
         "overload": {
             "peak_rps": peak, "offered_rps": 3 * peak, "seconds": bench.overload_s, "good_rps": found["good_rps"],
             "in_time_ms": _IN_TIME_MS, "late": found["late"], "refused_p99_ms": found["refused"]["p99_ms"],
-            "answered_p99_ms": found["answered"]["p99_ms"], "statuses": found["statuses"],
+            "answered_p99_ms": found["answered"]["p99_ms"],
+            "refused_ms": found["refused"], "sent_behind_ms": found["sent_behind"], "statuses": found["statuses"],
             "failures": found["failures"], "rss_before_mb": before, "rss_after_mb": after, "rps_after": later,
             "good_each_second": found["good_each_second"],
         },

@@ -179,7 +179,7 @@ class ServerApp:
         if not route or self._service is None:
             return None
         try:
-            self._service.admit(asked.priority)
+            self._service.admit(asked.priority, within_s=asked.within_s)
         except OverloadedError as error:
             status, outcome = status_of(error)
             self.metrics.attempts[route, outcome].inc()
@@ -256,7 +256,7 @@ class ServerApp:
             if service is None:
                 raise NotReadyError("the model is being verified and loaded", where="server",
                                     next_step="try another replica, or later")  # fmt: skip
-            service.admit(asked.priority)  # what would be turned away is not even read
+            service.admit(asked.priority, within_s=asked.within_s)  # what would be turned away is not even read
             body = await asgi.read_body(scope, receive)
             if self.tracing is not None and (trace := CURRENT.get()) is not None:
                 trace.add("admission", begun_s, time.perf_counter(), waiting=service.batcher.waiting)
@@ -341,7 +341,7 @@ class ServerApp:
                 await self._send(send, 401, oip.error_text(error), *_challenge(error))
                 return
             self.metrics.in_flight.set(0 if service is None else service.batcher.waiting)
-            self.metrics.admitted.set(0 if service is None else service.batcher.adaptive.limit)
+            self.metrics.admitted.set(0 if service is None else service.batcher.room)
             self.metrics.answers_dropped.set(0 if self._answers is None else self._answers.dropped)
             self.metrics.access_dropped.set(0 if self.access is None else self.access.dropped)
             await self._send(send, 200, self.metrics.text(), content_type=b"text/plain; version=0.0.4; charset=utf-8")

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import math
 import threading
 import time
 import weakref
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from endcap.errors import EndcapError
 from serving.server.engine import Engine, GraphError, GraphTimeoutError, Tensors, Ticket
-from serving.server.overload import AdaptiveLimit, CostModel
+from serving.server.overload import CostModel
 from serving.server.shapes import BatchShape, Extent
+from serving.server.waiting import Entry, Limits, Priority, Run, Waiting
 from serving.tracing import CURRENT
 
 __all__ = ["Batcher", "Limits", "Observer", "OverloadedError", "Priority"]
@@ -42,34 +40,10 @@ _DISTRUST_S = 1.0
 _OVERDUE_TIMES = 20.0
 _OVERDUE_S = 0.5
 """A batch on a thread is overdue, and split, after the longer of this and so many times what was expected."""
-_FREE_PADDING = 256
-"""Tokens of padding that a batch may hold in any case; beyond them at most a third of it may be padding."""
+_CROWDED_S = 0.01
+"""An expected wait that is worth asking whether a request would be turned away."""
 
 Outputs = dict[str, NDArray[Any]]
-
-
-class Priority(enum.Enum):
-    """Who asks. Batch jobs run when no shopper waits, and are turned away first."""
-
-    SHOPPER = "shopper"
-    BATCH = "batch"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """``workers``: threads that run the graph. ``lanes``: runs that should go at once (the cores given over the
-    threads a run takes); the other workers stand by for when one is stalled. ``max_wait_s``: how long a request may
-    be held to gather others while another lane works. ``max_waiting``: requests in the server; beyond them they are
-    turned away. ``max_tokens``: rows times the longest row of a batch. ``timeout_s``: waiting and running."""
-
-    workers: int = 2
-    timeout_s: float = 2.0
-    max_rows: int = 64
-    max_tokens: int = 16_384
-    max_wait_s: float = 0.002
-    max_waiting: int = 256
-    lanes: int = 1
-    queue_target_s: float = 0.1
 
 
 class Observer(Protocol):
@@ -91,42 +65,36 @@ class OverloadedError(EndcapError):
         self.retry_after_s = retry_after_s
 
 
-class _Request:
-    __slots__ = ("alone", "asked_s", "batch", "deadline_s", "extent", "future", "inputs", "limit_s", "priority",
-                 "threaded", "timer", "trace")  # fmt: skip
+class _Request(Entry):
+    __slots__ = ("batch", "future", "inputs", "timer", "trace")
 
     def __init__(self, inputs: Tensors, extent: Extent, priority: Priority, now_s: float, limit_s: float,
                  future: asyncio.Future[Outputs]) -> None:  # fmt: skip
+        super().__init__(extent, priority, now_s, limit_s)
         self.inputs = inputs
-        self.extent = extent
-        self.priority = priority
-        self.asked_s = now_s
-        self.limit_s = limit_s
-        self.deadline_s = now_s + limit_s
         self.future = future
-        self.alone = False
-        self.threaded = False
         self.timer: asyncio.TimerHandle | None = None
         self.batch: _Batch | None = None
         self.trace = CURRENT.get()
 
+    @property
+    def gone(self) -> bool:
+        return self.future.done()
+
 
 class _Batch:
-    """Requests of one run. ``open``: of them, those that someone still waits for."""
+    """A run and what watches it. ``open``: of its requests, those that someone still waits for."""
 
-    __slots__ = ("begun_s", "cpu_s", "expected_s", "open", "overdue", "requests", "rows", "split", "ticket", "timer",
-                 "tokens")  # fmt: skip
+    __slots__ = ("begun_s", "cpu_s", "open", "requests", "rows", "run", "split", "ticket", "timer")
 
-    def __init__(self, requests: list[_Request], tokens: int, expected_s: float, ticket: Ticket) -> None:
-        self.requests = requests
-        self.rows = sum(request.extent.rows for request in requests)
-        self.tokens = tokens
-        self.expected_s = expected_s
+    def __init__(self, run: Run[_Request], ticket: Ticket) -> None:
+        self.run = run
+        self.requests = run.entries
+        self.rows = sum(request.extent.rows for request in run.entries)
         self.ticket = ticket
         self.begun_s = 0.0
         self.cpu_s = 0.0
-        self.open = len(requests)
-        self.overdue = False
+        self.open = len(run.entries)
         self.split = False
         self.timer: asyncio.TimerHandle | None = None
 
@@ -140,12 +108,10 @@ class Batcher:
         self.observer = observer
         self.waiting = 0
         """Requests that wait or run."""
-        self.adaptive = AdaptiveLimit(limits.max_waiting, least=max(8, 2 * limits.lanes),
-                                      target_s=limits.queue_target_s)  # fmt: skip
         self._engine = engine
         self._shape = shape
         self._cost = cost or CostModel()
-        self._queues: dict[Priority, deque[_Request]] = {priority: deque() for priority in Priority}
+        self._queue: Waiting[_Request] = Waiting(limits, self._cost, joinable=shape.joinable)
         self._running: set[_Batch] = set()
         self._executor = ThreadPoolExecutor(limits.workers, thread_name_prefix="graph")
         self._watchdog = _Watchdog()
@@ -154,8 +120,6 @@ class Batcher:
         self._flush_soon = False
         self._gather: asyncio.TimerHandle | None = None
         self._inline_again_s = -math.inf
-        self._each_s = 0.0
-        self._run_s = 0.0
         self._closed = False
 
     # -- asking
@@ -163,21 +127,29 @@ class Batcher:
     @property
     def crowded(self) -> bool:
         """Whether :meth:`admit` may refuse; cheap."""
-        return 2 * self.waiting >= self.adaptive.limit - 1
+        return 2 * self.waiting >= self.limits.max_waiting or (
+            self.waiting >= self.limits.lanes
+            and self._queue.wait_s(Priority.BATCH, self.limits.timeout_s, time.monotonic()) > _CROWDED_S
+        )
 
-    def admit(self, priority: Priority = Priority.SHOPPER) -> None:
+    @property
+    def room(self) -> int:
+        """Requests of average size that may be in the server at once, as the pace of late allows."""
+        return self._queue.room
+
+    def admit(self, priority: Priority = Priority.SHOPPER, *, within_s: float = math.inf) -> None:
         """Nothing, or why a request of ``priority`` would be turned away now. Cheap: ask before reading a body.
 
         Raises:
-            OverloadedError: too many wait.
+            OverloadedError: too many wait, or it would not be answered ``within_s``.
         """
-        allowed = self.adaptive.limit if priority is Priority.SHOPPER else self.adaptive.limit // 2
-        if self.waiting >= allowed:
-            raise self._overloaded(priority)
+        self._admit(priority, min(self.limits.timeout_s, within_s), None)
 
-    def _overloaded(self, priority: Priority) -> OverloadedError:
-        wait_s = self.waiting * self._each_s
-        return OverloadedError(f"{self.waiting} requests wait already", priority, min(30, max(1, math.ceil(wait_s))))
+    def _admit(self, priority: Priority, limit_s: float, tokens: int | None) -> None:
+        wait_s = self._queue.refused(priority, limit_s, time.monotonic(), inside=self.waiting, tokens=tokens)
+        if wait_s is not None:
+            what = f"{self.waiting} requests wait already, an answer would take about {wait_s:.1f} s"
+            raise OverloadedError(what, priority, min(30, max(1, math.ceil(wait_s))))
 
     async def infer(self, inputs: Tensors, *, within_s: float = math.inf,
                     priority: Priority = Priority.SHOPPER) -> Outputs:  # fmt: skip
@@ -191,14 +163,11 @@ class Batcher:
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._move(loop)
-        self.admit(priority)
         limit_s = min(self.limits.timeout_s, within_s)
-        if self.waiting * self._each_s > limit_s:  # it would be late before its turn
-            raise self._overloaded(priority)
-        now_s = time.monotonic()
         extent = self._shape.measure(inputs)
-        request = _Request(inputs, extent, priority, now_s, limit_s, loop.create_future())
-        self._queues[priority].append(request)
+        self._admit(priority, limit_s, extent.rows * extent.length)
+        request = _Request(inputs, extent, priority, time.monotonic(), limit_s, loop.create_future())
+        self._queue.put(request)
         self.waiting += 1
         self._flush_later(loop)
         try:
@@ -221,8 +190,7 @@ class Batcher:
     def _move(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin on ``loop``. What an earlier loop left behind, nobody waits for."""
         self._loop = loop
-        for queue in self._queues.values():
-            queue.clear()
+        self._queue.clear()
         for batch in self._running:
             batch.ticket.revoke()
         self._running.clear()
@@ -239,8 +207,7 @@ class Batcher:
             if batch.open == 0:
                 batch.ticket.revoke()
         elif not request.future.done() or request.future.cancelled() or request.future.exception() is not None:
-            with contextlib.suppress(ValueError):
-                self._queues[request.priority].remove(request)
+            self._queue.remove(request)
 
     def _expire(self, request: _Request) -> None:
         if not request.future.done():
@@ -263,11 +230,11 @@ class Batcher:
         if loop is None or self._closed:
             return
         now_s = time.monotonic()
-        while self._waits():
+        while self._queue:
             batch = self._take(now_s, INLINE_S) if now_s >= self._inline_again_s else None
             if batch is not None:
                 self._run_here(batch)
-                if self._waits():
+                if self._queue:
                     self._flush_later(loop)  # the loop's other work in between
                 return
             if not self._lane_free(loop, now_s):
@@ -275,22 +242,18 @@ class Batcher:
             batch = self._take(now_s, math.inf)
             if batch is not None:
                 self._run_on_thread(batch, loop)
-        for queue in self._queues.values():
-            for request in queue:
-                self._arm(request, loop)
-
-    def _waits(self) -> bool:
-        return any(self._queues.values())
+        for request in self._queue:
+            self._arm(request, loop)
 
     def _lane_free(self, loop: asyncio.AbstractEventLoop, now_s: float) -> bool:
         if len(self._running) >= self.limits.workers:
             return False
-        working = sum(not batch.overdue for batch in self._running)
+        working = sum(not batch.run.overdue for batch in self._running)
         if working >= self.limits.lanes:
             return False
         if working and self.limits.max_wait_s > 0:
             # Another lane works: hold on a moment to gather, if there is anything to gather for.
-            queue = self._queues[Priority.SHOPPER] or self._queues[Priority.BATCH]
+            queue = self._queue.next_queue
             rows = sum(request.extent.rows for request in queue)
             due_s = (queue[0].asked_s if queue else now_s) + self.limits.max_wait_s
             if self._shape.joinable and rows < self.limits.max_rows and now_s < due_s:
@@ -304,55 +267,14 @@ class Batcher:
         self._flush()
 
     def _take(self, now_s: float, most_s: float) -> _Batch | None:
-        """The next batch of at most ``most_s`` expected, or None when the next request alone takes longer.
-
-        Shoppers first, in order of arrival; requests that do not fit the first one's keep their place.
-        """
-        queue = self._queues[Priority.SHOPPER] or self._queues[Priority.BATCH]
-        chosen: list[_Request] = []
-        passed: list[_Request] = []
-        rows = tokens = own_tokens = longest = 0
-        limits = self.limits
-        inline = most_s < math.inf
-        while queue:
-            request = queue.popleft()
-            if request.future.done():
-                continue
-            if request.deadline_s <= now_s:
-                self._expire(request)
-                continue
-            extent = request.extent
-            new_longest = max(longest, extent.length)
-            new_tokens = (rows + extent.rows) * new_longest
-            new_own = own_tokens + extent.rows * extent.length
-            if inline and (request.threaded or self._cost.expect_s(new_tokens) > most_s):
-                passed.append(request)
-                break
-            if chosen and not (
-                extent.key == chosen[0].extent.key
-                and rows + extent.rows <= limits.max_rows
-                and new_tokens <= limits.max_tokens
-                and new_tokens <= max(1.5 * new_own, new_own + _FREE_PADDING)
-                and not request.alone
-            ):
-                passed.append(request)
-                if rows >= limits.max_rows:
-                    break
-                continue
-            chosen.append(request)
-            rows, tokens, own_tokens, longest = rows + extent.rows, new_tokens, new_own, new_longest
-            if request.alone or not self._shape.joinable:
-                break
-        queue.extendleft(reversed(passed))
-        if not chosen:
+        run = self._queue.take(now_s, self._expire, most_s=most_s)
+        if run is None:
             return None
-        for request in chosen:
-            waited_s = now_s - request.asked_s
-            self.adaptive.observe(waited_s, now_s, run_s=self._run_s)
-            if self.observer is not None:
-                self.observer.queued(waited_s)
-        batch = _Batch(chosen, tokens, self._cost.expect_s(tokens), self._engine.ticket())
-        for request in chosen:
+        if self.observer is not None:
+            for request in run.entries:
+                self.observer.queued(now_s - request.asked_s)
+        batch = _Batch(run, self._engine.ticket())
+        for request in run.entries:
             request.batch = batch
         return batch
 
@@ -375,6 +297,7 @@ class Batcher:
         self._watchdog.watch(batch.ticket, until_s)
         parts, error, took_s = self._run(batch)
         self._watchdog.rest()
+        self._queue.ended(batch.run, time.monotonic(), answered=parts is not None)
         if isinstance(error, GraphTimeoutError):
             self._inline_again_s = time.monotonic() + _DISTRUST_S
             self._again(batch, threaded=True)
@@ -385,7 +308,7 @@ class Batcher:
         for request in batch.requests:
             self._arm(request, loop)
         self._running.add(batch)
-        expected_s = 0.0 if math.isinf(batch.expected_s) else batch.expected_s
+        expected_s = 0.0 if math.isinf(batch.run.expected_s) else batch.run.expected_s
         batch.timer = loop.call_later(max(_OVERDUE_S, _OVERDUE_TIMES * expected_s), self._overdue, batch)
 
         def work() -> None:
@@ -397,7 +320,7 @@ class Batcher:
 
     def _overdue(self, batch: _Batch) -> None:
         """It takes far too long: the others need not wait for it, nor with it."""
-        batch.overdue = True
+        batch.run.overdue = True
         if batch.open > 1:
             batch.split = True
             batch.ticket.revoke()
@@ -407,6 +330,7 @@ class Batcher:
         if batch not in self._running:
             return
         self._running.discard(batch)
+        self._queue.ended(batch.run, time.monotonic(), answered=parts is not None)
         if batch.timer is not None:
             batch.timer.cancel()
         if batch.split and parts is None:
@@ -426,9 +350,7 @@ class Batcher:
                     request.future.set_exception(error or GraphError("the graph failed"))
             return
         # On a machine that others use too a run may take long by the clock; a thread would not make it shorter.
-        self._cost.learn(batch.tokens, batch.cpu_s if self._engine.on_cpu else took_s)
-        self._run_s += 0.1 * (took_s - self._run_s)
-        self._each_s += 0.1 * (took_s / len(batch.requests) / self.limits.lanes - self._each_s)
+        self._cost.learn(batch.run.tokens, batch.cpu_s if self._engine.on_cpu else took_s)
         if self.observer is not None:
             self.observer.ran(batch.rows, took_s)
         for request, part in zip(batch.requests, parts, strict=True):
@@ -452,7 +374,7 @@ class Batcher:
                 continue
             request.alone = True
             request.threaded = request.threaded or threaded
-            self._queues[request.priority].appendleft(request)
+            self._queue.put_first(request)
         if self._loop is not None:
             self._flush_later(self._loop)
 

@@ -56,7 +56,7 @@ class AppBackend:
         asked = Asked.of({"headers": headers})
         asked.within_s = min(asked.within_s, within_s)
         service = self._service()
-        service.admit(asked.priority)
+        service.admit(asked.priority, within_s=asked.within_s)
         return _Admitted(service, asked)
 
     async def load(self, name: str, headers: Headers) -> None:

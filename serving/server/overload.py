@@ -1,50 +1,10 @@
-"""How much may wait, and for how long a run will take: decisions about overload, purely (the clock is passed in)."""
+"""What runs take, and how much longer by the clock of late: what decisions about overload rest on, purely."""
 
 from __future__ import annotations
 
 import math
 
-__all__ = ["AdaptiveLimit", "CostModel"]
-
-
-class AdaptiveLimit:
-    """Additive increase, multiplicative decrease of the number of requests that may be in the server at once.
-
-    The signal is the time that a request waited before its run began: unlike the whole latency it does not depend on
-    how large the request is. As in TCP (Chiu and Jain, 1989) and Netflix' concurrency-limits (``AIMDLimit``); that a
-    standing queue, not a burst, is what to act on is CoDel's lesson (Nichols and Jacobson, 2012): the limit falls only
-    when *every* request of an interval waited longer than the target.
-
-    Args:
-        most: the limit at rest; never exceeded. least: never less.
-        target_s: a queue time that is well.
-        interval_s: how long a queue must stand.
-    """
-
-    def __init__(self, most: int, *, least: int, target_s: float = 0.1, interval_s: float = 0.1) -> None:
-        self.limit = most
-        self._most = most
-        self._least = min(least, most)
-        self._target_s = target_s
-        self._interval_s = interval_s
-        self._interval_ends_s = -math.inf
-        self._shortest_s = math.inf
-
-    def observe(self, queued_s: float, now_s: float, *, run_s: float = 0.0) -> None:
-        """A request began to run after it had waited ``queued_s``.
-
-        ``run_s``: what runs take of late. Who comes while a run goes on waits for its end and perhaps for another's,
-        however short the queue: only more than that is a standing queue.
-        """
-        if now_s < self._interval_ends_s:
-            self._shortest_s = min(self._shortest_s, queued_s)
-            return
-        if math.isinf(self._shortest_s) or self._shortest_s <= max(self._target_s, 2.0 * run_s):
-            self.limit = min(self._most, self.limit + max(1, self._most // 32))
-        else:
-            self.limit = max(self._least, int(self.limit * 0.8))
-        self._interval_ends_s = now_s + self._interval_s
-        self._shortest_s = queued_s
+__all__ = ["CostModel", "Pace"]
 
 
 class CostModel:
@@ -56,11 +16,15 @@ class CostModel:
 
     _SHARE = 0.2
     _MOST_TIMES = 4.0
+    _DEARER = 1.25
+    """A token that costs so much more than in the best batch makes the batch too small."""
 
     def __init__(self) -> None:
         self._by_size: dict[int, float] = {}
+        self._enough: tuple[float, float] | None = None
 
     def learn(self, tokens: int, took_s: float) -> None:
+        self._enough = None
         size = tokens.bit_length()
         known_s = self._by_size.get(size)
         if known_s is None:
@@ -74,7 +38,65 @@ class CostModel:
         known_s = self._by_size.get(size)
         if known_s is not None:
             return known_s
-        below = max((other for other in self._by_size if other < size), default=None)
-        if below is not None:
-            return self._by_size[below] * 2.0 ** (size - below)
-        return min((self._by_size[other] for other in self._by_size), default=math.inf)
+        below = sorted(other for other in self._by_size if other < size)
+        if not below:
+            return min(self._by_size.values(), default=math.inf)
+        largest_s = self._by_size[below[-1]]
+        if len(below) == 1:
+            return float(largest_s * 2.0 ** (size - below[-1]))
+        # On the line through the two largest known: a part of the time may be there whatever the size.
+        token_s = max(0.0, largest_s - self._by_size[below[-2]]) / (2.0 ** below[-1] - 2.0 ** below[-2])
+        return float(largest_s + token_s * (2.0**size - 2.0 ** below[-1]))
+
+    def enough(self, within_s: float) -> float:
+        """Tokens that a batch need not exceed, because a larger one makes all wait longer and gains little.
+
+        The larger of what runs ``within_s`` and of the smallest size at which tokens are cheap. A size that was never
+        run and might be better is tried.
+        """
+        if self._enough is not None and self._enough[0] == within_s:
+            return self._enough[1]
+        self._enough = within_s, self._find_enough(within_s)
+        return self._enough[1]
+
+    def _find_enough(self, within_s: float) -> float:
+        if not self._by_size:
+            return math.inf
+        each_s = {size: took_s / 2.0**size for size, took_s in self._by_size.items()}
+        best_s = min(each_s.values())
+        cheap = min(size for size, token_s in each_s.items() if token_s <= self._DEARER * best_s)
+        size = max((size for size, took_s in self._by_size.items() if took_s <= within_s), default=cheap)
+        size = max(size, cheap)
+        if size + 1 not in self._by_size:
+            size += 1
+        return float((1 << size) - 1)
+
+
+class Pace:
+    """How many times longer answers take by the clock than their runs were expected to; 1 at first.
+
+    The ratio of two sums that fade: of the time from one run's end to the next while something waited, and of what
+    those runs were expected to take. Whatever slows answering is in it: others on the same cores, the event loop's
+    own work, threads of the graph; and several lanes at once, which make it faster. One stall is no pace: a run
+    counts as four times slower than the pace at most, and what stays slow is followed all the same.
+    """
+
+    _FADE_S = 0.5
+    _MOST_TIMES = 4.0
+
+    def __init__(self) -> None:
+        self.times = 1.0
+        self._passed_s = 0.0
+        self._expected_s = 0.0
+        self._at_s = -math.inf
+
+    def learn(self, expected_s: float, passed_s: float, now_s: float) -> None:
+        """A run ended ``passed_s`` after the one before it, or after it began if nothing had waited."""
+        if not 0.0 < expected_s < math.inf:
+            return
+        passed_s = min(passed_s, self._MOST_TIMES * self.times * expected_s)
+        kept = math.exp(min(0.0, self._at_s - now_s) / self._FADE_S)
+        self._passed_s = kept * self._passed_s + passed_s
+        self._expected_s = kept * self._expected_s + expected_s
+        self._at_s = now_s
+        self.times = self._passed_s / self._expected_s

@@ -61,13 +61,13 @@ class Service:
         """The same loaded graph behind a batcher of its own."""
         return dataclasses.replace(self, batcher=Batcher(self.engine, self.shape, limits, cost=self.cost))
 
-    def admit(self, priority: Priority = Priority.SHOPPER) -> None:
+    def admit(self, priority: Priority = Priority.SHOPPER, *, within_s: float = math.inf) -> None:
         """As :meth:`Batcher.admit`: ask before a body is read.
 
         With a cache nothing is known before that: the answer may be a kept one, which no queue is needed for.
         """
         if self.cache is None:
-            self.batcher.admit(priority)
+            self.batcher.admit(priority, within_s=within_s)
 
     @property
     def crowded(self) -> bool:

@@ -25,6 +25,7 @@ type caller interface {
 type record struct {
 	at      time.Duration // when it was due, since the measurement began; below 0: before, and answered after
 	took    time.Duration
+	behind  time.Duration // how late it was sent: the client's own doing, or for want of a free connection
 	status  int
 	failure bool
 }
@@ -52,6 +53,7 @@ type result struct {
 	Statuses  map[string]int `json:"statuses"`
 	Answered  latencies      `json:"answered"`
 	Refused   latencies      `json:"refused"`
+	Behind    latencies      `json:"sent_behind"`
 	GoodEach  []int          `json:"good_each_second"`
 	ClientCPU float64        `json:"client_cpu_s"`
 }
@@ -124,12 +126,13 @@ func run(protocol, address, path, bodiesFile, headers string, connections int, r
 				if wait := due - time.Since(begun); wait > 0 {
 					time.Sleep(wait)
 				}
+				behind := time.Since(begun) - due
 				status, err := callers[number].call(bodies[turn%int64(len(bodies))])
 				if err != nil {
 					failure.CompareAndSwap(nil, err.Error())
 				}
 				if took := time.Since(begun) - due; due+took >= from {
-					kept = append(kept, record{due - from, took, status, err != nil})
+					kept = append(kept, record{due - from, took, behind, status, err != nil})
 				}
 			}
 			found[number] = kept
@@ -149,11 +152,12 @@ func run(protocol, address, path, bodiesFile, headers string, connections int, r
 
 func summarise(found [][]record, seconds, inTime float64) result {
 	answer := result{Seconds: seconds, Statuses: map[string]int{}, GoodEach: make([]int, int(math.Ceil(seconds)))}
-	var good, refused []float64
+	var good, refused, behind []float64
 	for _, records := range found {
 		for _, one := range records {
 			if one.at >= 0 {
 				answer.Due++
+				behind = append(behind, float64(one.behind)/float64(time.Millisecond))
 			}
 			if one.failure {
 				answer.Failures++
@@ -182,7 +186,7 @@ func summarise(found [][]record, seconds, inTime float64) result {
 		}
 	}
 	answer.GoodRate = float64(answer.Good) / seconds
-	answer.Answered, answer.Refused = describe(good), describe(refused)
+	answer.Answered, answer.Refused, answer.Behind = describe(good), describe(refused), describe(behind)
 	return answer
 }
 

@@ -150,6 +150,8 @@ class World:
 
     def apply(self, path: str, body: Json) -> Json:
         self._hook("apply", path)
+        if path not in self.objects and "resourceVersion" not in body["metadata"]:
+            return self.create(path.rpartition("/")[0], body)
         known = self._known(path, body)
         made = _without(copy.deepcopy(known), self._applied.get(path, {}), body)
         made = _laid_over(made, body)
@@ -290,7 +292,8 @@ class World:
 
     def _look(self) -> None:
         """Note who receives what, and with how many pods."""
-        route = next((one for one in self._of("httproutes") if one["metadata"]["name"] == SERVICE), None)
+        routes = {one["metadata"]["name"]: one for one in self._of("httproutes")}
+        route = routes.get(f"endcap-{SERVICE}", routes.get(SERVICE))
         if route is None:
             return
         received = {}

@@ -207,6 +207,7 @@ def canary(**over: object) -> dict:
     ("change", "said"),
     [
         ({"canary": [canary(name="")]}, "name"),
+        ({"canary": [canary(name="7")]}, "should match"),
         ({"canary": [canary(name="v1")]}, "conflicts with stable"),
         ({"canary": [canary(), canary()]}, "duplicated"),
         ({"canary": [canary(maxReplicas=3)]}, "fixed replicas"),
@@ -238,8 +239,11 @@ def test_what_is_no_service_to_roll_out_on(cluster: Cluster, namespace: str, fak
     with pytest.raises(ServiceError) as refused:
         target.acquire("test")
     assert refused.value.reason is Reason.NOT_FOUND
-    create(cluster, namespace, name="")
-    with pytest.raises(ServiceError) as refused:
+    made = service()
+    made["metadata"]["namespace"] = namespace
+    del made["spec"]["predictor"]["name"]
+    cluster.create(path_of("inferenceservices", namespace), made)
+    with pytest.raises(ServiceError, match="has no name") as refused:
         target.acquire("test")
     assert refused.value.reason is Reason.NO_MODEL
     assert cluster.get(path_of("leases", namespace, f"endcap-{SERVICE}")) is None

@@ -1,13 +1,16 @@
 """The KServe target on a Kubernetes in memory: what is written, in what order, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from endcap.errors import CapacityError, FencedError, InputError, StateError, TargetError, VerificationError
-from serving.targets import ModelVersion
+from endcap.evidence import Counts
+from serving.targets import ModelVersion, StickyKey, VersionObservation
 from serving.targets.kserve import FixedDelivery, KServeTarget, Reason, ServiceError, Sizing, Storage
 from serving.targets.kserve.cluster import path_of
+from serving.targets.kserve.telemetry import Counted, NoTelemetry
 from tests.kserve_world import NAMESPACE, SERVICE, Pods, World, service
 
 ONE, TWO, BASELINE = (ModelVersion(label, Path()) for label in ("1", "2", "1-baseline"))
@@ -403,3 +406,117 @@ def test_a_stable_that_had_no_label_gets_none_before_it_is_replaced() -> None:
     world.until_serving()
     _, _ = begun(world)
     assert "labels" not in spec(world)["predictor"]
+
+
+def with_own_route(world: World) -> World:
+    made = service()
+    made["metadata"]["labels"] = {"networking.kserve.io/visibility": "cluster-local"}
+    made["metadata"]["annotations"] |= {"endcap.dev/gateway": "shop/edge", "endcap.dev/hostnames": "shop.example.com"}
+    world.create(path_of("inferenceservices", NAMESPACE), made)
+    world.until_serving()
+    return world
+
+
+def rules(world: World) -> list[dict]:
+    return world.objects[path_of("httproutes", NAMESPACE, f"endcap-{SERVICE}")]["spec"]["rules"]
+
+
+def versions_of(world: World, header: str) -> dict[int, str]:
+    """By bucket, the Service that the route sends it to."""
+    found: dict[int, str] = {}
+    for rule in rules(world)[:-1]:
+        match = rule["matches"][0]["headers"][0]
+        assert match["name"] == header
+        for bucket in range(100):
+            if re.fullmatch(match["value"], str(bucket)):
+                assert bucket not in found, "a bucket has one version"
+                found[bucket] = rule["backendRefs"][0]["name"]
+    return found
+
+
+def test_shoppers_keep_their_version_by_a_route_of_our_own() -> None:
+    world = with_own_route(World())
+    target = target_of(world)
+    token, sticky, before = target.acquire("test"), StickyKey(header="x-bucket"), {}
+    assert [ref["name"] for ref in rules(world)[-1]["backendRefs"]] == ["recommender-v1-predictor"]
+    for share in (0.1, 0.4):
+        shares = {TWO: share, ONE: 1 - 2 * share, BASELINE: share}
+        target.ensure_capacity(shares, token=token)
+        target.set_shares(shares, token=token, sticky=sticky)
+        now = versions_of(world, "x-bucket")
+        assert len(now) == 100
+        assert sum("v2" in name for name in now.values()) == round(share * 100)
+        moved = {(before[bucket], name) for bucket, name in now.items() if before and before[bucket] != name}
+        assert all("v1-predictor" in old for old, _ in moved), "only stable's shoppers move"
+        before = now
+        weights = {ref["name"]: ref["weight"] for ref in rules(world)[-1]["backendRefs"]}
+        assert weights["recommender-v2-predictor"] == round(share * 100)
+    target.ensure_capacity({TWO: 1.0}, token=token)
+    target.set_shares({TWO: 1.0}, token=token, sticky=sticky)
+    target.retire("1-baseline", token=token)
+    target.retire("1", token=token)
+    assert [ref["name"] for ref in rules(world)[-1]["backendRefs"]] == ["recommender-v2-predictor"]
+    assert not [received for received in world.served if any(name.startswith("gone") for name in received)]
+
+
+def test_copies_go_to_a_version_without_a_share_and_are_nobodys_requests() -> None:
+    world = with_own_route(World())
+    counted = Counted({"1": VersionObservation(attempts=Counts(90, 90), requests=Counts(90, 90)),
+                       "2": VersionObservation(attempts=Counts(40, 50), requests=Counts(40, 50))})  # fmt: skip
+
+    class Fixed(NoTelemetry):
+        def observe(self, pods, *, shoppers_since_s=None) -> Counted:
+            return counted
+
+    target = target_of(world, telemetry=Fixed())
+    token = target.acquire("test")
+    with pytest.raises(CapacityError):
+        target.set_shadow(TWO, share=0.5, token=token)
+    target.ensure_capacity({TWO: 0.5}, token=token)
+    target.set_shadow(TWO, share=0.5, token=token)
+    mirror = rules(world)[-1]["filters"][0]["requestMirror"]
+    assert mirror == {"backendRef": {"group": "", "kind": "Service", "name": "recommender-v2-predictor", "port": 80},
+                      "percent": 50}  # fmt: skip
+    seen = target.observe()
+    assert seen.shadow is not None
+    assert (seen.shadow.version, seen.shadow.answered) == ("2", Counts(40, 50))
+    assert seen.versions["2"].attempts == Counts()
+    assert seen.outcomes == Counts(90, 90)
+    target.set_shadow(None, token=token)
+    assert "filters" not in rules(world)[-1]
+    assert target.observe().versions["2"].attempts == Counts(), "copies do not become requests when copying ends"
+
+
+def test_what_kserves_route_cannot_do_is_refused_with_the_way_to_have_it() -> None:
+    world = a_world()
+    target = target_of(world)
+    token = target.acquire("test")
+    target.set_shadow(None, token=token)
+    for refused in (
+        lambda: target.set_shadow(TWO, share=0.1, token=token),
+        lambda: target.set_shares({ONE: 1.0}, token=token, sticky=StickyKey(header="x-bucket")),
+    ):
+        with pytest.raises(InputError, match="KServe's routes cannot") as said:
+            refused()
+        assert "endcap.dev/gateway" in str(said.value)
+    world = with_own_route(World())
+    target = target_of(world)
+    token = target.acquire("test")
+    with pytest.raises(InputError, match="cookie"):
+        target.set_shares({ONE: 1.0}, token=token, sticky=StickyKey(cookie="session"))
+
+
+def test_an_older_writer_does_not_write_the_route_either() -> None:
+    world = with_own_route(World())
+    target, other = target_of(world), target_of(world)
+    token = target.acquire("first")
+    taken = []
+
+    def another_takes_over(verb: str, path: str) -> None:
+        if verb == "apply" and path.endswith(f"endcap-{SERVICE}") and not taken:
+            taken.append(True)
+            other.acquire("second")
+
+    world.before_write = another_takes_over
+    with pytest.raises(FencedError):
+        target.set_shares({ONE: 1.0}, token=token)

@@ -31,7 +31,7 @@ REST_ANNOTATION = "endcap.dev/rest"
 BASELINE = "-baseline"
 """The engine's name of a fresh copy of stable is stable's label with this."""
 
-_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?")
+_NAME = re.compile(r"[a-z](?:[-a-z0-9]*[a-z0-9])?")
 _LONGEST = 63 - len("-predictor")
 
 

@@ -14,6 +14,7 @@ from serving.targets.kserve.cluster import Json
 from serving.targets.kserve.errors import Reason, ServiceError
 from serving.targets.kserve.names import FENCE_ANNOTATION, VERSION_LABEL, label_of, workload_name
 from serving.targets.kserve.plan import Canary, Predictor, Rest, Spec, Workload
+from serving.targets.kserve.routes import OwnRoute
 
 __all__ = ["Record", "Service", "body_of", "read_record", "read_service", "trouble_of", "weights_of", "workload_of"]
 
@@ -70,8 +71,9 @@ class Service:
     token: int = 0
     is_ready: bool = False
     seen_by_kserve: bool = False
-    own_route: bool = False
-    """KServe makes it no route: it is cluster-local."""
+    own_route: OwnRoute | None = None
+    """KServe makes it no route (it is cluster-local), and endcap does."""
+    local: bool = False
     writers: str = ""
     """Who wrote it last, beside us and KServe."""
 
@@ -124,7 +126,8 @@ def read_service(document: Json | None, *, name: str, namespace: str) -> Service
         token=_int((status.get("annotations") or {}).get(FENCE_ANNOTATION)),
         is_ready=conditions.get("Ready") == "True",
         seen_by_kserve=bool(status.get("conditions")),
-        own_route=(meta.get("labels") or {}).get("networking.kserve.io/visibility") == "cluster-local",
+        own_route=_own_route(annotations),
+        local=(meta.get("labels") or {}).get("networking.kserve.io/visibility") == "cluster-local",
         writers=_writers(meta.get("managedFields") or ()),
     )  # fmt: skip
 
@@ -133,6 +136,12 @@ def _predictor(one: _Predictor) -> Predictor:
     model = one.model or _ModelSpec()
     labelled = VERSION_LABEL in one.labels
     return Predictor(label_of(one.name, one.labels), one.name, model.storageUri, model.runtime, labelled=labelled)
+
+
+def _own_route(annotations: Mapping[str, str]) -> OwnRoute | None:
+    gateway, hosts = annotations.get("endcap.dev/gateway", ""), annotations.get("endcap.dev/hostnames", "")
+    names = tuple(one.strip() for one in hosts.split(",") if one.strip())
+    return OwnRoute(gateway, names) if "/" in gateway and names else None
 
 
 def _int(text: object) -> int:

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from endcap.errors import CapacityError, EndcapError, FencedError, InputError, TargetError, VerificationError
-from serving.targets.base import ModelVersion, Observation, StickyKey
+from serving.targets.base import (
+    Counts,
+    ModelVersion,
+    Observation,
+    ShadowObservation,
+    StickyKey,
+    VersionObservation,
+)
 from serving.targets.kserve import plan
 from serving.targets.kserve.cluster import Cluster, Json, path_of
 from serving.targets.kserve.delivery import Delivery
@@ -41,6 +48,7 @@ from serving.targets.kserve.reading import (
     weights_of,
     workload_of,
 )
+from serving.targets.kserve.routes import checked_sticky, route_body, route_name
 from serving.targets.kserve.telemetry import NoTelemetry, Telemetry
 from serving.targets.kserve.waits import Patience
 
@@ -79,6 +87,8 @@ class KServeTarget:
         self._telemetry: Telemetry = telemetry or NoTelemetry()
         self._sizing, self._patience, self._fallback, self._policy = sizing, patience, fallback_runtime, policy
         self._clock = clock
+        self._copied: dict[str, VersionObservation] = {}
+        """By version, what it did with copies of requests: that is no shopper's."""
         self._where = f"inferenceservice {namespace}/{service}"
 
     # ---- what may be asked ----
@@ -109,6 +119,7 @@ class KServeTarget:
             except ConflictError:
                 self._patience.sleep(0.05)
                 continue
+            self._put_route(token, self._header(), self._copies())  # what an older writer read of it is old too
             return token
         raise TargetError("it is written too often for a token to be taken", where=self._where)
 
@@ -124,7 +135,11 @@ class KServeTarget:
             raise ServiceError(Reason.NO_GATEWAY_API, "the cluster has no Gateway API (no HTTPRoutes)",
                                where=self._where, next_step="install the Gateway API's CRDs and a gateway, and tell "
                                "KServe: enableGatewayApi: true in its ConfigMap inferenceservice-config")  # fmt: skip
-        if not service.own_route and service.is_ready and self._route() is None:
+        if service.local and service.own_route is None:
+            raise ServiceError(Reason.GATEWAY_API_OFF, "KServe makes no route of a cluster-local service",
+                               where=self._where, next_step="remove its label networking.kserve.io/visibility; or "
+                               "annotate it with endcap.dev/gateway and endcap.dev/hostnames")  # fmt: skip
+        if not service.local and service.is_ready and self._route() is None:
             raise ServiceError(Reason.GATEWAY_API_OFF, "the service is ready and KServe made it no HTTPRoute",
                                where=self._where, next_step="set enableGatewayApi: true in KServe's ConfigMap "
                                "inferenceservice-config (section ingress), and restart its controller")  # fmt: skip
@@ -150,24 +165,38 @@ class KServeTarget:
 
     def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
         """See :class:`~serving.targets.base.Target`."""
-        if sticky is not None:
-            raise InputError("KServe's routes cannot keep shoppers to a version",
-                             next_step="leave sticky out, or serve the service by a route of endcap's")  # fmt: skip
         by_label = {version.label: share for version, share in shares.items() if share > 0}
-        there, _ = self._there(token, back=True)
+        there, service = self._there(token, back=True)
+        if sticky is not None and service.own_route is None:
+            raise _no_own_route("keep shoppers to a version")
+        header = checked_sticky(sticky)
         given = plan.percents(by_label, there.spec.stable.label)
         self._until_served([label for label, percent in given.items() if percent > 0], token)
         back = set(by_label) == {there.spec.stable.label}
         self._write(token, lambda now: plan.share_out(now, given, self._sizing, trim=False), back=back)
+        if service.own_route is not None:
+            self._put_route(token, header, self._copies())
         self._until_routed(given, token)
         self._write(token, lambda now: plan.share_out(now, given, self._sizing, trim=True), back=back)
 
     def set_shadow(self, version: ModelVersion | None, *, share: float = 0.0, token: int) -> None:
-        """See :class:`~serving.targets.base.Target`. KServe's routes copy no requests."""
-        self._there(token)
-        if version is not None:
-            raise InputError("KServe's routes cannot copy requests to a version",
-                             next_step="leave the shadow out, or serve the service by a route of endcap's")  # fmt: skip
+        """See :class:`~serving.targets.base.Target`. Only by a route of endcap's own; see :mod:`.routes`."""
+        there, service = self._there(token, back=True)
+        if service.own_route is None:
+            if version is not None:
+                raise _no_own_route("copy requests to a version")
+            return
+        if version is None:
+            if (copies := self._copies()) is not None:
+                self._end_copies(copies[0], there)
+                self._put_route(token, self._header(), None)
+            return
+        self._until_served([version.label], token)
+        there, _ = self._there(token)
+        canary = there.spec.canary(version.label)
+        if canary is None:
+            raise CapacityError(f"version {version.label} has no replicas", next_step="ensure its capacity first")
+        self._put_route(token, self._header(), (workload_name(self.service, canary.predictor.name), share))
 
     def retire(self, label: str, *, token: int) -> None:
         """See :class:`~serving.targets.base.Target`. That of stable, when a canary has all the traffic, promotes it."""
@@ -183,20 +212,27 @@ class KServeTarget:
 
     def observe(self, *, shoppers_since_s: float | None = None) -> Observation:
         """See :class:`~serving.targets.base.Target`. ``shares`` are those set; who received what is counted."""
-        there, _ = self._now()
+        there, service = self._now()
         spec = there.spec
         labels = [spec.stable.label, *(canary.predictor.label for canary in spec.canaries)]
         counted = self._telemetry.observe(self._service_pods(), shoppers_since_s=shoppers_since_s)
-        versions = {}
+        copies = self._copies() if service.own_route is not None else None
+        versions: dict[str, VersionObservation] = {}
+        shadow = None
         for label in dict.fromkeys([*counted.versions, *labels]):
             canary, workload = spec.canary(label), there.workloads.get(label)
+            seen = counted.version(label)
+            if copies and canary and workload_name(self.service, canary.predictor.name) == copies[0]:
+                self._copied[label] = seen
+                shadow = ShadowObservation(label, seen.attempts, seen.within_ms, pairs=seen.attempts.good)
             versions[label] = replace(
-                counted.version(label),
+                _beside(seen, self._copied.get(label)),
                 ready_replicas=0 if workload is None else workload.serving,
                 replicas=canary.replicas if canary else 0 if workload is None else workload.wanted,
             )
         shares = {label: percent / 100 for label, percent in spec.percents.items() if percent > 0}
-        return Observation(self._clock(), shares, versions, counted.outcomes, counted.window_s)
+        outcomes = sum((one.requests for one in versions.values()), Counts())
+        return Observation(self._clock(), shares, versions, outcomes, counted.window_s, shadow)
 
     # ---- the ways of these ----
 
@@ -322,11 +358,7 @@ class KServeTarget:
         def look() -> bool | None:
             nonlocal seen
             there, service = self._there(token, back=True)
-            if service.own_route:
-                raise ServiceError(Reason.GATEWAY_API_OFF, "KServe makes no route of a cluster-local service",
-                                   where=self._where,
-                                   next_step="remove its label networking.kserve.io/visibility")  # fmt: skip
-            route = self._route()
+            route = self._route() if service.own_route is None else self._own()
             seen = None if route is None else weights_of(route, self.service, there.spec)
             return True if seen is not None and {k: v for k, v in seen.items() if v > 0} == wanted else None
 
@@ -337,7 +369,7 @@ class KServeTarget:
         if lost:
             raise CapacityError(f"version {', '.join(lost)} is not ready any more, and KServe gives its share to "
                                 "stable", where=self._where)  # fmt: skip
-        if seen == {there.spec.stable.label: 100} and there.spec.canaries:
+        if seen == {there.spec.stable.label: 100} and there.spec.canaries and self._own() is None:
             raise ServiceError(Reason.NO_SPLIT, f"{_said(wanted)} was set, and KServe's route still sends all to "
                                f"version {there.spec.stable.label}", where=self._where,
                                next_step="KServe splits traffic in Standard mode from 0.21 on: see whether its "
@@ -346,6 +378,65 @@ class KServeTarget:
                           f"{'nothing that the gateway has accepted' if seen is None else _said(seen)}",
                           where=f"httproute {self.namespace}/{self.service}",
                           next_step="see whether KServe's controller and the gateway run")  # fmt: skip
+
+    # ---- the route of our own ----
+
+    def _own(self) -> Json | None:
+        return self._cluster.get(self._own_path)
+
+    @property
+    def _own_path(self) -> str:
+        return path_of("httproutes", self.namespace, route_name(self.service))
+
+    def _copies(self) -> tuple[str, float] | None:
+        """The Service that gets copies, and the share of them."""
+        for rule in ((self._own() or {}).get("spec") or {}).get("rules") or ():
+            for one in rule.get("filters") or ():
+                if one.get("type") == "RequestMirror":
+                    mirror = one["requestMirror"]
+                    return str(mirror["backendRef"]["name"]), float(mirror.get("percent", 100)) / 100
+        return None
+
+    def _header(self) -> str | None:
+        """What shoppers are known by, as the route has it."""
+        for rule in ((self._own() or {}).get("spec") or {}).get("rules") or ():
+            for match in rule.get("matches") or ():
+                if match.get("headers"):
+                    return str(match["headers"][0]["name"])
+        return None
+
+    def _put_route(self, token: int, sticky: str | None, copies: tuple[str, float] | None) -> None:
+        """The route as the service's spec has the shares; fenced as the service is."""
+        for _ in range(_TRIES):
+            there, service = self._there(token, back=True)
+            if service.own_route is None:
+                return
+            names = {one.predictor.label: one.predictor.name for one in there.spec.canaries}
+            names[there.spec.stable.label] = there.spec.stable.name
+            order = [label for label in there.spec.percents if not label.endswith(BASELINE)]
+            order += [label for label in there.spec.percents if label.endswith(BASELINE)]
+            percents = {workload_name(self.service, names[label]): there.spec.percents[label] for label in order}
+            body = route_body(self.service, self.namespace, service.own_route, percents, sticky=sticky, copies=copies,
+                              token=token)  # fmt: skip
+            known = self._own()
+            if known is not None:
+                said = (known["metadata"].get("annotations") or {}).get(FENCE_ANNOTATION, "0")
+                if said.isdigit() and int(said) > token:
+                    raise FencedError(f"token {token} is not in force: {said} is", where=self._own_path)
+                body["metadata"]["resourceVersion"] = known["metadata"]["resourceVersion"]
+            with contextlib.suppress(ConflictError):
+                self._cluster.apply(self._own_path, body)
+                return
+            self._patience.sleep(0.05)
+        raise TargetError("its route is written too often for a change of ours to get through", where=self._own_path)
+
+    def _end_copies(self, name: str, there: There) -> None:
+        """What the version answered to copies is not what it answered to shoppers."""
+        for canary in there.spec.canaries:
+            if workload_name(self.service, canary.predictor.name) == name:
+                with contextlib.suppress(EndcapError):
+                    counted = self._telemetry.observe(self._service_pods())
+                    self._copied[canary.predictor.label] = counted.version(canary.predictor.label)
 
     def _until_gone(self, gone: Predictor, token: int) -> None:
         """KServe has removed the version's Deployment; then we remove the autoscaler that it leaves behind."""
@@ -483,6 +574,26 @@ class KServeTarget:
             "metadata": {"name": lease_name(self.service), "namespace": self.namespace,
                          "labels": {"app.kubernetes.io/part-of": "endcap", "endcap.dev/service": self.service}},
         }  # fmt: skip
+
+
+def _no_own_route(what: str) -> InputError:
+    return InputError(f"KServe's routes cannot {what}", next_step="leave it out, or have endcap make the service's "
+                      "route: label it networking.kserve.io/visibility: cluster-local, and annotate it with "
+                      "endcap.dev/gateway and endcap.dev/hostnames")  # fmt: skip
+
+
+def _beside(seen: VersionObservation, copied: VersionObservation | None) -> VersionObservation:
+    """``seen`` without what was copies of requests."""
+    if copied is None:
+        return seen
+    within = {ms: _less(counts, copied.within_ms.get(ms, Counts())) for ms, counts in seen.within_ms.items()}
+    return replace(seen, attempts=_less(seen.attempts, copied.attempts), requests=_less(seen.requests, copied.requests),
+                   first_attempts=_less(seen.first_attempts, copied.first_attempts), within_ms=within)  # fmt: skip
+
+
+def _less(all_of: Counts, some: Counts) -> Counts:
+    good = max(0, all_of.good - some.good)
+    return Counts(good, good + max(0, (all_of.total - all_of.good) - (some.total - some.good)))
 
 
 def _retried(look: Callable[[], bool | None]) -> bool | None:

@@ -51,8 +51,7 @@ class StandIn:
             self._put(f"/apis/admissionregistration.k8s.io/v1/{plural}", one)
 
     def _put(self, path: str, one: Json) -> None:
-        if self._cluster.get(f"{path}/{one['metadata']['name']}") is None:
-            self._cluster.create(path, one)
+        self._cluster.apply(f"{path}/{one['metadata']['name']}", one)
 
     def start(self) -> None:
         self._thread.start()

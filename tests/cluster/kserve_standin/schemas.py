@@ -66,6 +66,8 @@ def _crd(
 def _service_schema() -> Json:
     spec = _schema_of("V1beta1InferenceServiceSpec")
     canary = spec["properties"]["canary"]
+    for one in (spec["properties"], canary["items"]["properties"]):
+        one["predictor"]["properties"]["name"] = {"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}
     canary["x-kubernetes-list-type"] = "atomic"
     canary["items"]["properties"]["trafficPercent"] = {"type": "integer", "minimum": 0, "maximum": 100}
     canary["items"]["required"] = ["predictor", "trafficPercent"]

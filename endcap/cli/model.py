@@ -122,3 +122,50 @@ def sign(
     seal(package, read_manifest(package))
     signature = sign_package(package, private_key)
     Console().good(f"signed: {signature}")
+
+
+@app.command()
+def text(
+    task: Annotated[str, typer.Argument(help="encoder: texts to vectors; ranker: a query and candidates to scores.")],
+    weights: Annotated[Path, typer.Option(help="Folder of the pretrained model, as transformers keep it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the package.")],
+    name: Annotated[str, typer.Option(help="The model's name.")] = "search",
+    judged: Annotated[Path | None, typer.Option(help="Folder of judgements.csv and *.json.zip to measure on.")] = None,
+    licence: Annotated[str, typer.Option(help="Of the weights; it goes into the model card.")] = "not stated",
+    longest: Annotated[int, typer.Option(help="Tokens of a text, beyond which it is cut.", min=8)] = 256,
+    keys: Annotated[Path, typer.Option(help="Folder of the signing key; made on first use.")] = Path("out/keys"),
+    registry: Annotated[str | None, typer.Option(help="Register it there too: an MLflow URI, or a folder.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Make a signed package of a pretrained text model, float32 and int8, and measure it. Nothing is trained."""
+    from components.text.judged import read_judged
+    from components.text.packages import TextParts, build_text_package
+    from endcap.errors import InputError
+    from endcap.package import Task, ensure_signing_key
+
+    console = Console(json_output=json_output)
+    if task not in (Task.ENCODER, Task.RANKER):
+        raise InputError(f"no such task: {task}", where="TASK", next_step="encoder or ranker")
+    queries = read_judged(judged) if judged is not None else []
+    parts = TextParts(name, Task(task), weights, weights.name, licence,
+                      datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), queries, longest=longest)  # fmt: skip
+    made = build_text_package(out.absolute(), parts, ensure_signing_key(keys)[0])
+    console.table(
+        ["ranked by", "NDCG@10", "95 %"],
+        [
+            (by, f"{one.ndcg_at_10.value:.4f}", f"{one.ndcg_at_10.low:.4f} to {one.ndcg_at_10.high:.4f}")
+            for by, one in made.quality.items()
+        ],
+    )
+    version = None
+    if registry is not None:
+        metrics = {f"{by}_ndcg_at_10": one.ndcg_at_10.value for by, one in made.quality.items()}
+        version = open_registry(registry).register(
+            out, name=name, metrics=metrics, params={"model": made.manifest.model, "longest": longest},
+            tags=made.manifest.lineage,
+        ).version  # fmt: skip
+    console.good(f"signed: {out}" + ("" if version is None else f"; version {version} of {name}"))
+    console.result({
+        "package": str(out), "name": name, "version": version, "parity": made.parity,
+        "ndcg_at_10": {by: one.ndcg_at_10.value for by, one in made.quality.items()},
+    })  # fmt: skip

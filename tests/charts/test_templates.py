@@ -83,7 +83,7 @@ def test_every_pod_is_restricted_and_writes_nowhere_but_its_volumes(helm: Helm, 
             assert container["securityContext"]["readOnlyRootFilesystem"] is True, what
             assert "limits" in container["resources"] and "requests" in container["resources"], what
             assert ":latest" not in container["image"] and ":" in container["image"].rpartition("/")[2], what
-        if own is None and what != "Deployment endcap-operator":
+        if own is None and what not in ("Deployment endcap-operator", "CronJob endcap-drill"):
             assert pod["automountServiceAccountToken"] is False, what
 
 
@@ -129,7 +129,8 @@ def test_values_of_the_wrong_type_are_refused_by_name(helm: Helm, wrong: str, wh
     [("mlflow.install=true,mlflow.url=http://mlflow", "not both"),
      ("redis.install=true,redis.url=redis://cache:6379/0", "not both"),
      ("runtimes.cache=true", "needs a Redis"), ("collector.route.enabled=true", "collector.route.gateway.name"),
-     ("redis.install=true,redis.passwordSecret=x", "no password"), ("loadTest.enabled=true", "loadTest needs url")],
+     ("redis.install=true,redis.passwordSecret=x", "no password"), ("loadTest.enabled=true", "loadTest needs url"),
+     ("drills.enabled=true,drills.namespace=shop", "drills needs")],
 )  # fmt: skip
 def test_values_that_contradict_each_other_are_told_apart(helm: Helm, wrong: str, says: str) -> None:
     ran = helm.run("template", "endcap", str(CHART), f"--kube-version={KUBERNETES}", "--set", wrong)

@@ -21,7 +21,7 @@ from tests.cluster.errors import ClusterError
 
 _ROOT = Path(__file__).parents[2]
 
-ROLES: Final = ("server", "controller", "pipeline", "load")
+ROLES: Final = ("server", "controller", "pipeline", "load", "drills")
 
 _BASE = ("bookworm", "python3,python3-venv,ca-certificates")
 _BASE_DROPS = (

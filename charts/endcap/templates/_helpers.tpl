@@ -116,4 +116,7 @@ redis://endcap-redis.{{ .Release.Namespace }}.svc:6379/0
 {{- if and .Values.loadTest.enabled (or (not .Values.loadTest.url) (eq (not .Values.loadTest.configMap) (not .Values.loadTest.claim))) }}
 {{- fail "loadTest needs url, and shoppers.jsonl in one of configMap and claim" }}
 {{- end }}
+{{- if and .Values.drills.enabled (or (not .Values.drills.namespace) (not .Values.drills.service)) }}
+{{- fail "drills needs namespace and service: whose pods are killed" }}
+{{- end }}
 {{- end -}}

@@ -1,0 +1,139 @@
+"""The chart where pods run: what it installs becomes ready and answers, and what shoppers did outlives its pod."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from serving import impressions
+from tests.cluster.access import Access
+from tests.cluster.test_chart import CHART, RELEASE, helm, know_kserve, values
+from tests.packages import make_package
+from tests.process import wait_until
+
+Json = dict[str, Any]
+PATIENCE_S = 300.0
+
+
+def keys_secret(folder: Path) -> Json:
+    """The Secret that collector and servers mount: a signing key's public half and an impression key."""
+    make_package(folder / "package")
+    impressions.ensure_key(folder / "impression.key")
+    return {
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "endcap-keys"},
+        "stringData": {"signing.pub": (folder / "keys" / "signing.pub").read_text(),
+                       "impression.key": (folder / "impression.key").read_text()},
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def volume(access: Access, namespace: str, image: str) -> Iterator[str]:
+    """The collector's storage: of the cluster's own class where it has a default, else a folder of the node."""
+    classes = access.get("storageclasses")["items"]
+    default = "storageclass.kubernetes.io/is-default-class"
+    if any((one["metadata"].get("annotations") or {}).get(default) == "true" for one in classes):
+        yield "collector.storage.size=1Gi"
+        return
+    path = f"/var/lib/endcap-tests/{namespace}"
+    open_it = f"import os; os.makedirs({path!r}, exist_ok=True); os.chmod({path!r}, 0o777)"
+    access.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "folder"}, "spec": {
+            "restartPolicy": "Never", "containers": [{
+                "name": "folder", "image": image, "imagePullPolicy": "IfNotPresent",
+                "command": ["python", "-c", open_it],
+                "securityContext": {"runAsUser": 0},
+                "volumeMounts": [{"name": "node", "mountPath": "/var/lib/endcap-tests"}],
+            }],
+            "volumes": [{"name": "node", "hostPath": {"path": "/var/lib/endcap-tests", "type": "DirectoryOrCreate"}}],
+        }},
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"feedback-{namespace}"}, "spec": {
+            "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "",
+            "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": path, "type": "Directory"},
+        }},
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "feedback"}, "spec": {
+            "accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": f"feedback-{namespace}",
+            "resources": {"requests": {"storage": "1Gi"}},
+        }},
+        namespace=namespace,
+    )  # fmt: skip
+    access.wait("pod/folder", "jsonpath={.status.phase}=Succeeded", namespace)
+    try:
+        yield "collector.storage.existingClaim=feedback"
+    finally:
+        access.kubectl("delete", "pv", f"feedback-{namespace}", "--ignore-not-found", "--wait=false")
+
+
+ASK = """
+import json, sys, urllib.request
+url, body = sys.argv[1], sys.argv[2].encode() if len(sys.argv) > 2 else None
+request = urllib.request.Request(url, body, {"content-type": "application/json"})
+print(urllib.request.urlopen(request, timeout=30).read().decode())
+"""
+
+
+def ask(access: Access, namespace: str, path: str, body: Json | None = None) -> str:
+    """Of the collector, by its Service's name, from its own pod."""
+    text = [] if body is None else [json.dumps(body)]
+    url = f"http://endcap-collector.{namespace}.svc:8080{path}"
+    return access.kubectl("exec", "deployment/endcap-collector", f"--namespace={namespace}", "--", "python", "-c", ASK,
+                          url, *text)  # fmt: skip
+
+
+def test_the_collector_runs_restricted_and_keeps_what_shoppers_did(
+    full_cluster: Access, pod_namespace: str, tmp_path: Path
+) -> None:
+    access, namespace = full_cluster, pod_namespace
+    know_kserve(access)
+    image = access.image("server")
+    name, _, tag = image.rpartition(":")
+    access.apply(keys_secret(tmp_path), namespace=namespace)
+    with volume(access, namespace, image) as storage:
+        access.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
+        settings = values(f"images.server={name}", f"images.tag={tag}", "operator.enabled=false", storage,
+                          "collector.windowSeconds=1")  # fmt: skip
+        helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings)
+        try:
+            assert "Phase:          Succeeded" in helm(access, "test", RELEASE, "--namespace", namespace)
+
+            key = impressions.read_key(tmp_path / "impression.key")
+            tokens = [impressions.mint(key, version="7", shopper=str(shopper), now_s=time.time())[1]
+                      for shopper in range(5)]  # fmt: skip
+            events = [{"impression": token, "type": "shown"} for token in tokens]
+            events += [{"impression": tokens[0], "type": "clicked", "item": "4"}]
+            assert json.loads(ask(access, namespace, "/v1/feedback", {"events": events}))["refused"] == []
+
+            def closed() -> bool:
+                found = json.loads(ask(access, namespace, "/v1/evidence"))["versions"].get("7", {})
+                return bool((found.get("closed"), found.get("clicked")) == (5, 1))
+
+            wait_until(closed, "the window closes", deadline_s=PATIENCE_S)
+
+            # The pod dies without a word; the next one goes on from the volume, and answers for all of it.
+            before = the_pod(access, namespace)
+            access.kubectl("delete", "pod", before, f"--namespace={namespace}", "--grace-period=0", "--force")
+            wait_until(lambda: the_pod(access, namespace) not in ("", before), "another pod", deadline_s=PATIENCE_S)
+            access.wait("deployment/endcap-collector", "condition=Available", namespace)
+            access.wait(f"pod/{the_pod(access, namespace)}", "condition=Ready", namespace)
+            assert closed()
+            assert 'endcap_feedback_clicked_impressions_total{version="7"} 1.0' in ask(access, namespace, "/metrics")
+
+            # An upgrade restarts it for the new setting, and a rollback brings the old one back.
+            helm(access, "upgrade", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings,
+                 "--set", "collector.windowSeconds=2")  # fmt: skip
+            assert json.loads(ask(access, namespace, "/v1/evidence"))["window_s"] == 2
+            helm(access, "rollback", RELEASE, "1", "--namespace", namespace, "--wait", "--timeout=5m")
+            assert json.loads(ask(access, namespace, "/v1/evidence"))["window_s"] == 1
+            assert closed()
+        finally:
+            access.helm("uninstall", RELEASE, "--namespace", namespace, "--wait")
+
+
+def the_pod(access: Access, namespace: str) -> str:
+    """The collector's pod that is not going away; empty where there is none."""
+    found = access.get("pods", f"--namespace={namespace}", "-l", "app.kubernetes.io/name=endcap-collector")["items"]
+    names = [one["metadata"]["name"] for one in found if "deletionTimestamp" not in one["metadata"]]
+    return names[0] if len(names) == 1 else ""

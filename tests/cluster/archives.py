@@ -23,6 +23,8 @@ ENVOY_IMAGE = "docker.io/endcap/test-envoy:1"
 SHUTDOWN_IMAGE = "docker.io/endcap/test-shutdown-manager:1"
 
 _NOBODY = 65532
+_LONG_AGO = "2000-01-01T00:00:00Z"
+"""The same contents are the same image, whenever it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ def _finish(to: Path, name: str, layer: Path, settings: Mapping[str, Any]) -> No
                 "os": "linux",
                 "config": settings,
                 "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+                "created": _LONG_AGO,
+                "history": [{"created": _LONG_AGO, "created_by": "tests/cluster/archives.py"}],
             }
         ).encode()
         manifest = json.dumps([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]).encode()

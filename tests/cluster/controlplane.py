@@ -130,6 +130,7 @@ class ControlPlane:
             f"--tls-cert-file={serving[0]}",
             f"--tls-private-key-file={serving[1]}",
             f"--client-ca-file={ca}",
+            "--kubelet-preferred-address-types=InternalIP",
             f"--kubelet-client-certificate={kubelet[0]}",
             f"--kubelet-client-key={kubelet[1]}",
             f"--requestheader-client-ca-file={ca}",

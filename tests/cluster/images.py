@@ -35,6 +35,8 @@ _BASE_DROPS = (
 )
 """Not in the base: what only a person at a terminal reads, or a package manager."""
 
+_APART = ("unshare", "--mount", "--propagation=private")
+
 NEEDED = ("buildah", "debootstrap")
 
 
@@ -70,38 +72,46 @@ def ensure(role: str) -> Path:
 
 
 def _build(role: str, base: Path, wheels: Path, wanted: Path) -> None:
-    store = _folder() / f".store-{role}"
-    shutil.rmtree(store, ignore_errors=True)
     settings = _folder() / f".{role}-pip.conf"
     settings.write_text("[global]\nno-index = true\nfind-links = /wheels\ndisable-pip-version-check = true\n")
-    buildah = ("buildah", "--root", str(store / "root"), "--runroot", str(store / "run"), "--storage-driver", "vfs")
     unfinished = wanted.with_suffix(".unfinished")
     unfinished.unlink(missing_ok=True)
     try:
-        _run(*buildah, "pull", f"docker-archive:{base}")
-        _run(
-            *(*buildah, "build", "--isolation", "chroot", "--pull-never", "--format", "docker"),
-            # The packages come from this machine's folder: the builder needs no network and no certificates.
-            *("--volume", f"{wheels}:/wheels:ro", "--volume", f"{settings}:/etc/pip.conf:ro"),
-            *(
-                "--build-arg",
-                f"BASE={_BASE_NAME}",
-                "--file",
-                str(_ROOT / "images" / role / "Containerfile"),
-                "--tag",
-                name(role),
-            ),
-            str(_ROOT),
-        )
-        _run(*buildah, "push", name(role), f"docker-archive:{unfinished}:{name(role)}")
+        if not _built_into(_store(role, base, wheels), role, base, wheels, settings, unfinished):
+            raise ClusterError(f"the image {role} was not written to {unfinished}")
         unfinished.replace(wanted)
     finally:
-        shutil.rmtree(store, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)
     for old in _folder().glob(f"{role}-*.tar"):
         if old != wanted:
             old.unlink()
+
+
+def _store(role: str, base: Path, wheels: Path) -> Path:
+    """Where buildah keeps the layers of a role's packages between builds; another lock or base begins a new one."""
+    wanted = _folder() / f"store-{role}-{_hash(f'{base.name} {wheels.name}'.encode())}"
+    for old in _folder().glob(f"store-{role}-*"):
+        if old != wanted:
+            shutil.rmtree(old, ignore_errors=True)
+    return wanted
+
+
+def _built_into(store: Path, role: str, base: Path, wheels: Path, settings: Path, to: Path) -> bool:
+    # With mounts of its own, and nothing remembered of those of a build that was killed.
+    shutil.rmtree(store / "run", ignore_errors=True)
+    buildah = (*_APART, "buildah", "--root", str(store / "root"), "--runroot", str(store / "run"))
+    known = ("--storage-driver", "overlay")
+    _run(*buildah, *known, "pull", f"docker-archive:{base}")
+    _run(
+        *(*buildah, *known, "build", "--layers", "--isolation", "chroot", "--pull-never", "--format", "docker"),
+        # The packages come from this machine's folder: the builder needs no network and no certificates.
+        *("--volume", f"{wheels}:/wheels:ro", "--volume", f"{settings}:/etc/pip.conf:ro"),
+        *("--build-arg", f"BASE={_BASE_NAME}", "--file", str(_ROOT / "images" / role / "Containerfile")),
+        *("--tag", name(role), str(_ROOT)),
+    )
+    _run(*buildah, *known, "push", name(role), f"docker-archive:{to}:{name(role)}")
+    return to.exists()
 
 
 _BASE_NAME = "localhost/endcap-test-base:latest"
@@ -118,7 +128,7 @@ def _base() -> Path:
             shutil.rmtree(tree, ignore_errors=True)
             # With mounts of its own: it mounts /proc, and may be killed.
             _run(
-                *("unshare", "--mount", "--propagation=private"),
+                *_APART,
                 "debootstrap",
                 "--variant=minbase",
                 f"--include={_BASE[1]}",

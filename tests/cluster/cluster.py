@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.cluster.daemons import READY_S, Daemons
 from tests.cluster.errors import ClusterError
 from tests.cluster.namespaces import Namespaces, free_second
 from tests.cluster.net import Net
+from tests.cluster.node import NAME as NODE
 from tests.cluster.node import Node
 from tests.cluster.services import Services
 
@@ -28,6 +30,9 @@ _NETS = (201, 216)
 
 _SERVICES = "10.96.0.0/16"
 """Where there is no node, nothing is routed there."""
+
+_FULL = tuple(name for name in programs.PROGRAMS if name not in {"helm", "kubeconform"})
+"""What runs; the others are tools of tests, built when one asks."""
 
 _FAKE_NODES = 4
 _FAKE_NODES_WITH_GPUS = 2
@@ -199,28 +204,37 @@ class Cluster:
         )
 
     def _up_full(self) -> None:
-        for name in programs.PROGRAMS:
+        for name in _FULL:
             programs.ensure(name)
         self.namespaces.up()
         node = self.node
         node.start_containerd()
-        self.control_plane.up()
-        node.start_kubelet()
-        node.start_kube_proxy()
-        held = node.images()
+        services = self.services
+        with ThreadPoolExecutor(2) as aside:
+            loaded = aside.submit(self._load_what_nodes_need)
+            self.control_plane.up()
+            known = aside.submit(services.know_gateways)
+            node.start_kubelet()
+            node.start_kube_proxy()
+            services.start_dns()
+            services.start_fake_nodes(_FAKE_NODES, _FAKE_NODES_WITH_GPUS)
+            known.result()
+            loaded.result()
+        services.start_gateway()
+        nodes = (NODE, *(f"fake-{number}" for number in range(_FAKE_NODES)))
+        there = (*(f"node/{name}" for name in nodes), f"--timeout={READY_S:.0f}s")
+        self.access.kubectl("wait", "--for=create", *there, deadline_s=READY_S + 10)
+        self.access.kubectl("wait", "--for=condition=Ready", *there, deadline_s=READY_S + 10)
+
+    def _load_what_nodes_need(self) -> None:
+        held = self.node.images()
         for name, contents in (
             (PAUSE_IMAGE, archives.pause),
             (ENVOY_IMAGE, archives.envoy),
             (SHUTDOWN_IMAGE, archives.shutdown_manager),
         ):
             if name not in held:
-                node.load(archives.archive(name, contents()))
-        self.services.start_dns()
-        self.services.start_gateway()
-        self.services.start_fake_nodes(_FAKE_NODES, _FAKE_NODES_WITH_GPUS)
-        self.access.kubectl(
-            "wait", "node", "--all", "--for=condition=Ready", f"--timeout={READY_S:.0f}s", deadline_s=READY_S + 10
-        )
+                self.node.load(archives.archive(name, contents()))
 
     @property
     def _lock(self) -> Path:
@@ -249,7 +263,7 @@ def why_not(kind: Kind) -> str | None:
     """Why this machine can have no cluster of this kind, in one line; None: it can."""
     if kind is Kind.CONTROL_PLANE:
         return programs.why_not(controlplane.PROGRAMS)
-    return namespaces.why_not() or node.why_not() or programs.why_not(tuple(programs.PROGRAMS))
+    return namespaces.why_not() or node.why_not() or programs.why_not(_FULL)
 
 
 def _new_charter(kind: Kind) -> Charter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -108,21 +109,51 @@ def ensure(name: str) -> Path:
     return wanted
 
 
-def ensure_gateway_crds() -> Path:
-    """The folder of the Gateway API's and Envoy Gateway's own CRDs, which come with its module."""
-    program = PROGRAMS["envoy-gateway"]
-    wanted = path(program.name).with_name("crds")
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """YAML files that come with the module ``source`` of ``program``: those that match ``patterns``."""
+
+    program: str
+    source: str
+    patterns: tuple[str, ...]
+
+
+GATEWAY_CRDS: Final = Documents(
+    "envoy-gateway", "github.com/envoyproxy/gateway", ("charts/gateway-helm/charts/crds/crds/**/*.yaml",)
+)
+"""Of the Gateway API and of Envoy Gateway itself."""
+
+KWOK_STAGES: Final = Documents(
+    "kwok",
+    "sigs.k8s.io/kwok",
+    (
+        "kustomize/stage/node/fast/node-*.yaml",
+        "kustomize/stage/node/heartbeat-with-lease/node-*.yaml",
+        "kustomize/stage/pod/fast/pod-*.yaml",
+    ),
+)
+"""What kwok makes of nodes and pods."""
+
+
+def ensure_documents(documents: Documents) -> Path:
+    """One file with all of ``documents``, kept beside their program.
+
+    Raises:
+        ClusterError: the module cannot be had.
+    """
+    program = PROGRAMS[documents.program]
+    wanted = path(program.name).with_name(f"{program.name}-{_digest(repr(documents).encode())}.yaml")
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    with locked(wanted.with_name(".crds.lock")):
+    with locked(wanted.with_name(f".{wanted.stem}.lock")):
         if not wanted.exists():
-            asked = ("go", "list", "-mod=readonly", "-m", "-f", "{{.Dir}}", "github.com/envoyproxy/gateway")
-            subprocess.run(["go", "mod", "download", asked[-1]], cwd=_HERE / program.module, check=True)
-            said = subprocess.run(asked, cwd=_HERE / program.module, capture_output=True, text=True, check=True).stdout
-            unfinished = wanted.with_name(".crds.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            for file in sorted((Path(said.strip()) / "charts/gateway-helm/charts/crds/crds").rglob("*.yaml")):
-                (unfinished / file.name).write_bytes(file.read_bytes())
+            asked = ("go", "mod", "download", "-json", documents.source)
+            ended = subprocess.run(asked, cwd=_HERE / program.module, capture_output=True, text=True, check=False)
+            if ended.returncode != 0:
+                raise ClusterError(f"{' '.join(asked)} in {_HERE / program.module}: {ended.stderr.strip()}")
+            root = Path(json.loads(ended.stdout)["Dir"])
+            found = [file.read_text() for pattern in documents.patterns for file in sorted(root.glob(pattern))]
+            unfinished = wanted.with_suffix(f".unfinished-{os.getpid()}")
+            unfinished.write_text("\n---\n".join(found))
             unfinished.replace(wanted)
     return wanted
 
@@ -161,20 +192,23 @@ def _build(program: Program, wanted: Path) -> None:
 
 
 def _key(program: Program) -> str:
-    digest = hashlib.sha256()
-    for name in ("go.mod", "go.sum"):
-        digest.update((_HERE / program.module / name).read_bytes())
-    digest.update(program.link_flags.encode())
+    parts = [(_HERE / program.module / name).read_bytes() for name in ("go.mod", "go.sum")]
+    parts.append(program.link_flags.encode())
     if program.package.startswith("."):
-        digest.update((_HERE / program.module / program.package / "main.go").read_bytes())
-    return digest.hexdigest()[:12]
+        parts.append((_HERE / program.module / program.package / "main.go").read_bytes())
+    return _digest(b"".join(parts))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def main() -> None:
     """Build everything."""
     for name in PROGRAMS:
         ensure(name)
-    ensure_gateway_crds()
+    for documents in (GATEWAY_CRDS, KWOK_STAGES):
+        ensure_documents(documents)
 
 
 if __name__ == "__main__":

@@ -63,10 +63,16 @@ class Services:
             )
         )
 
+    def know_gateways(self) -> None:
+        """The kinds of the Gateway API and of Envoy Gateway; the API server works on them for some seconds."""
+        known = self.folder / "node" / "gateway-crds"
+        crds = programs.ensure_documents(programs.GATEWAY_CRDS)
+        if not known.exists() or known.read_text() != crds.name:
+            self.access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+            known.write_text(crds.name)
+
     def start_gateway(self) -> None:
         """Envoy Gateway and its class of Gateways; in a root folder of its own: its certificates' path is fixed."""
-        crds = programs.ensure_gateway_crds()
-        self.access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
         self.access.apply(
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": _GATEWAY_NAMESPACE}},
             *_service_at(
@@ -118,6 +124,7 @@ class Services:
         self._start(
             "kwok",
             f"--kubeconfig={kubeconfig}",
+            f"--config={programs.ensure_documents(programs.KWOK_STAGES)}",
             "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
             f"--cidr={self.net.fake_pods}",
             f"--node-ip={self.net.node}",

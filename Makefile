@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock bench-training bench-rollout bench-serving soak clean
+.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ check: lint type ## lint and type
 format: setup ## let ruff mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+crds: setup ## write charts/endcap/crds from the models of the files that people write
+	@$(BIN)/python -m serving.operator.crds charts/endcap/crds
 
 bench-training: setup ## train to convergence on Beauty beside RecBole's SASRec (about an hour)
 	@$(BIN)/python -m benchmarks.training

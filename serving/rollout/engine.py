@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -109,8 +110,8 @@ def run_rollout(
             on with the rollout.
     """
     with FolderLock(folder), RolloutStore(folder) as store:
-        engine = Engine(spec, spec.judged(objectives), candidate, target, store, packages, clock=clock, gates=gates,
-                        source=source, on_decision=on_decision)  # fmt: skip
+        engine = Engine(spec, spec.judged(objectives), candidate, target, store, dict(packages), clock=clock,
+                        gates=gates, source=source, on_decision=on_decision)  # fmt: skip
         return engine.run()
 
 
@@ -123,12 +124,12 @@ class Engine:
 
     def __init__(
         self, spec: RolloutSpec, objectives: Objectives, candidate: ModelVersion, target: Target, store: Store,
-        packages: Mapping[str, Path], *, clock: Clock | None = None, gates: Gatekeeper | None = None,
+        packages: MutableMapping[str, Path], *, clock: Clock | None = None, gates: Gatekeeper | None = None,
         source: CountSource | None = None, on_decision: Callable[[Decision], None] | None = None,
         intervals: bool = True,
     ) -> None:  # fmt: skip
         self._spec, self._objectives, self._target, self._store = spec, objectives, target, store
-        self._packages = {**packages, candidate.label: candidate.package}
+        self._packages = ChainMap({candidate.label: candidate.package}, packages)
         self._candidate = candidate
         self._clock = clock or SystemClock()
         self._gates, self._source, self._on_decision = gates, source, on_decision

@@ -134,9 +134,13 @@ class StepModel(SpecModel):
     share: float = Field(ge=0.0001, le=1)
     """The gateway's weights are ten-thousandths: less would get more than was declared."""
     min_requests: int = Field(default=100, ge=1)
+    """Attempts that must have reached the candidate before the step may end; 100 where it is not given."""
     min_seconds: float = Field(default=30, ge=0)
+    """The least time of the step; 30 where it is not given."""
     max_seconds: float = Field(default=3600, gt=0, le=30 * 86_400)
+    """After so long without a verdict the rollout is inconclusive; 3600 where it is not given."""
     approval: bool = False
+    """A person has to let it begin."""
 
     @model_validator(mode="after")
     def _in_order(self) -> StepModel:
@@ -205,12 +209,13 @@ class StickyModel(SpecModel):
 
     @model_validator(mode="after")
     def _one(self) -> StickyModel:
-        if (self.header is None) == (self.cookie is None):
+        if self.header is not None and self.cookie is not None:
             raise ValueError("give header or cookie, one of them")
         return self
 
-    def to_domain(self) -> StickyKey:
-        return StickyKey(self.header, self.cookie)
+    def to_domain(self) -> StickyKey | None:
+        """None where neither is given: kubectl drops a null, so ``sticky: {}`` says the same."""
+        return None if self.header is None and self.cookie is None else StickyKey(self.header, self.cookie)
 
 
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
@@ -291,23 +296,39 @@ def _default_sticky() -> StickyModel:
 
 class RolloutSpecModel(SpecModel):
     service: Name
+    """What shoppers call: the local target's service, or the InferenceService of that name."""
     candidate: str = Field(min_length=1, max_length=512)
+    """The model version to roll out, as models:/NAME/VERSION."""
     objectives: Name | None = None
+    """The Objectives document that judges it; the one with the service's name where it is not given."""
     mode: Mode = Mode.CANARY
+    """canary: shares grow while nothing fails. ab: one split, until the primary objective is shown to be better."""
     primary: Name | None = None
+    """The objective that has to be shown to be better (mode: ab)."""
     steps: tuple[StepModel, ...] | None = Field(default=None, min_length=1, max_length=32)
+    """Shares that grow to 1; 0.05, 0.25, 0.5 and 1 where they are not given."""
     alpha: float = Field(default=0.01, gt=0, lt=0.5)
+    """Bound on the chance of failing a good candidate; 0.01 where it is not given."""
     beta: float = Field(default=0.05, gt=0, lt=0.5)
+    """Bound on the chance of passing one that is worse by its margin; 0.05 where it is not given."""
     look_seconds: float = Field(default=1.0, ge=0.1, le=60)
+    """The time from one look to the next; 1 where it is not given."""
     margins: dict[Name, MarginModel] = Field(default_factory=dict, max_length=16)
+    """By objective, how much worse than control is worse: instead of what the objectives say."""
     inconclusive: InconclusiveModel = InconclusiveModel()
     shadow: ShadowModel | None = None
+    """Copies of requests that the candidate answers before it gets any traffic."""
     gates: GatesModel = GatesModel()
+    """What is checked before any traffic."""
     sticky: StickyModel | None = Field(default_factory=_default_sticky)
+    """What shoppers are known by, so that they keep their version; {}: nothing. x-endcap-shopper if not given."""
     baseline: bool = False
+    """A fresh copy of stable, of canary's size and age, is control for latency."""
     freeze: tuple[FreezeModel, ...] = Field(default=(), max_length=64)
+    """Times in which no version is given more traffic. May be changed while the rollout runs."""
     notify: NotifyModel = NotifyModel()
     prometheus: PrometheusModel | None = None
+    """The Prometheus server that counted objectives are read from."""
 
     @model_validator(mode="after")
     def _grow_to_all(self) -> RolloutSpecModel:
@@ -331,7 +352,7 @@ class RolloutSpecModel(SpecModel):
                 raise ValueError("mode: ab needs primary, the objective that has to be better")
             if self.steps is not None and len(self.steps) != 2:
                 raise ValueError("mode: ab has one split and then all: two steps")
-            if self.sticky is None:
+            if self.sticky is None or self.sticky.to_domain() is None:
                 raise ValueError("mode: ab needs sticky: shoppers have to keep their version")
             if self.baseline:
                 raise ValueError("baseline goes with mode: canary")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from endcap.errors import StateError
@@ -149,7 +148,7 @@ class State:
         }  # fmt: skip
 
     @staticmethod
-    def from_json(document: Any, *, where: Path) -> State:
+    def from_json(document: Any, *, where: object) -> State:
         """The inverse of :meth:`to_json`.
 
         Raises:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from endcap.files import JsonLines, read_json, read_json_lines, write_json
 from endcap.objectives import Objectives
 from serving.rollout.audit import replay
 from serving.rollout.base import Kept
-from serving.rollout.declared import DECLARED_FILE, read_declaration
+from serving.rollout.declared import DECLARED_FILE, declared_json, differing, read_declaration
 from serving.rollout.events import Command, Commanded
 from serving.rollout.looks import observation_from_json, observation_to_json
 from serving.rollout.sight import Sight
@@ -41,8 +40,6 @@ COMMANDS_FILE = "commands.jsonl"
 SIGHT_EVERY = 1000
 """Looks: to fold so many again takes about a second."""
 _LONGEST_LOOK = 1 << 20
-_MAY_CHANGE = frozenset({"freeze", "webhook_from", "prometheus_url"})
-"""What no evidence stands on: a freeze may be declared while a rollout runs."""
 
 
 def load_state(folder: Path) -> State | None:
@@ -98,7 +95,7 @@ class RolloutStore:
 
     def declare(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Keep what the rollout was begun with."""
-        write_json(self.folder / DECLARED_FILE, _declared(spec, objectives))
+        write_json(self.folder / DECLARED_FILE, declared_json(spec, objectives))
 
     def check_declared(self, spec: RolloutSpec, objectives: Objectives) -> None:
         """Refuse another declaration: the evidence so far, and the bounds on its errors, stand on the first one.
@@ -107,9 +104,7 @@ class RolloutStore:
             InputError: something differs; the message names it.
         """
         path = self.folder / DECLARED_FILE
-        kept, asked = read_declaration(self.folder), json.loads(json.dumps(_declared(spec, objectives)))
-        differ = [name for name, value in asked.items() if kept.get(name) != value]
-        differ = [name for name in differ if name not in _MAY_CHANGE]
+        differ = differing(read_declaration(self.folder), declared_json(spec, objectives))
         if differ:
             raise InputError(f"the rollout here was begun with other {', '.join(differ)}", where=path,
                              next_step="go on with what it was begun with, or choose another folder")  # fmt: skip
@@ -217,15 +212,3 @@ def _line_before(path: Path, end: int) -> tuple[float | None, float]:
         raise ValueError(f"{LOOKS_FILE} does not reach to byte {end}")
     record = json.loads(held[held.rfind(b"\n", 0, -1) + 1 :])
     return record.get("begun_at_s"), float(record["at_s"])
-
-
-def _declared(spec: RolloutSpec, objectives: Objectives) -> dict[str, Any]:
-    return {**asdict(spec), "objectives": asdict(objectives, dict_factory=_plain)}
-
-
-def _plain(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON has no sets; one written in whatever order would differ from itself the next time."""
-    return {
-        name: [asdict(member) for member in sorted(value)] if isinstance(value, frozenset) else value
-        for name, value in fields
-    }

@@ -93,7 +93,7 @@ def test_an_ab_test_is_one_split_and_then_all(tmp_path: Path) -> None:
         ("{service: a, candidate: b, mode: ab}", "primary"),
         ("{service: a, candidate: b, primary: clicks}", "mode: ab"),
         ("{service: a, candidate: b, mode: ab, primary: c, sticky: null}", "sticky"),
-        ("{service: a, candidate: b, sticky: {}}", "header or cookie"),
+        ("{service: a, candidate: b, sticky: {header: a, cookie: b}}", "header or cookie"),
         ("{service: a, candidate: b, sticky: {header: 'bad header'}}", "header"),
         ("{service: a, candidate: b, shadow: {share: 0}}", "shadow.share"),
         ("{service: a, candidate: b, freeze: [{from: 2026-12-24T00:00:00Z, until: 2026-12-01T00:00:00Z}]}", "until"),

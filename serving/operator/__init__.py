@@ -1,0 +1,1 @@
+"""The operator: rollouts as objects of a Kubernetes cluster, driven by the same engine as on a laptop."""

@@ -40,6 +40,14 @@ def _label(text: str) -> str:
     return text
 
 
+def _sha256(text: str) -> str | None:
+    if text in ("", "none"):
+        return None
+    if re.fullmatch(r"[0-9a-f]{64}", text, re.ASCII) is None:
+        raise argparse.ArgumentTypeError("64 hexadecimal digits, or none")
+    return text
+
+
 def _thresholds(text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
@@ -54,6 +62,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving.server", description=__doc__)
     parser.add_argument("--package", type=Path, required=True, help="folder of the signed package")
     parser.add_argument("--public-key", type=Path, required=True, help="PEM file to verify it with")
+    parser.add_argument("--package-sha256", type=_sha256, metavar="HEX",
+                        help="of the package's manifest, as the registry has it; none: any that is signed")  # fmt: skip
     parser.add_argument("--version", type=_label, required=True, help="label of the model version")
     parser.add_argument("--zone", type=_label, required=True)
     parser.add_argument("--port", type=int, required=True, help="0: any free one, named in the log")
@@ -164,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             service = load_service(arguments.package, arguments.public_key, variant=arguments.variant, limits=limits,
                                    threads=threads, provider=arguments.provider, stock=arguments.stock, cache=cache,
-                                   version=arguments.version, secret=keys.value.every[-1] if keys else b"")  # fmt: skip
+                                   version=arguments.version, secret=keys.value.every[-1] if keys else b"",
+                                   sha256=arguments.package_sha256)  # fmt: skip
         except EndcapError:
             raise
         except Exception as error:

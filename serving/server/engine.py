@@ -19,7 +19,9 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from endcap.errors import EndcapError, InputError, PackageError, VerificationError
+from endcap.files import sha256_file
 from endcap.package import Manifest, TensorSpec, verify_package
+from endcap.package.contract import MANIFEST_FILE
 
 __all__ = [
     "DTYPES", "Engine", "GraphError", "GraphTimeoutError", "Tensors", "Ticket", "Verified",
@@ -67,14 +69,21 @@ class Verified:
         return raw
 
 
-def verify(folder: Path, public_key: Path) -> Verified:
+def verify(folder: Path, public_key: Path, *, sha256: str | None = None) -> Verified:
     """Verify a package.
 
+    Args:
+        sha256: of its manifest, which holds the digests of all else: another package, signed as well, is refused.
+
     Raises:
-        PackageError: it is not a package, or (VerificationError) not what its maker signed.
+        PackageError: it is not a package, or (VerificationError) not what its maker signed, or not the one meant.
     """
     begun_s = time.monotonic()
     manifest = verify_package(folder, public_key)
+    if sha256 is not None and (found := sha256_file(folder / MANIFEST_FILE)) != sha256:
+        raise VerificationError(f"another package than the one meant: its manifest's SHA-256 is {found[:12]}..., and "
+                                f"{sha256[:12]}... was registered", where=folder,
+                                next_step="see what the storage URI leads to")  # fmt: skip
     return Verified(folder, manifest, time.monotonic() - begun_s)
 
 

@@ -169,20 +169,22 @@ def _steps(catalogue: Catalogue, asked: Asked, outputs: Tensors | None) -> Recom
 
 def load_service(folder: Path, public_key: Path, *, variant: str = "float32", limits: Limits | None = None,
                  threads: int | None = None, provider: str = "auto", stock: Path | None = None,
-                 cache: AnswerCache | None = None, version: str = "", secret: bytes = b"") -> Service:  # fmt: skip
+                 cache: AnswerCache | None = None, version: str = "", secret: bytes = b"",
+                 sha256: str | None = None) -> Service:  # fmt: skip
     """Verify, load and warm a package; blocks.
 
     Args:
         limits: default: as many lanes as the cores given have room for.
         threads: of one run; None: the cores given, shared out over the workers.
         stock: what is in stock, of a recommender; None: the package says it, if anything does.
+        sha256: of the manifest of the package that is meant (see :func:`serving.server.engine.verify`).
         cache: where answers are kept; ``version``, the model version's label, and ``secret`` go into their keys.
 
     Raises:
         PackageError: it must not or cannot be served.
         InputError: the stock file cannot be used.
     """
-    package = verify(folder, public_key)
+    package = verify(folder, public_key, sha256=sha256)
     manifest = package.manifest
     _check_schema(manifest, folder)
     begun_s = time.monotonic()

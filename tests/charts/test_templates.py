@@ -216,7 +216,7 @@ def test_the_programs_take_the_arguments_that_they_are_given(helm: Helm) -> None
     documents = helm.template(values="full")
     runtimes = [one for one in documents if one["kind"] == "ClusterServingRuntime"]
     assert {one["metadata"]["name"] for one in runtimes} == {"endcap-cpu", "endcap-gpu"}
-    variables = {"ENDCAP_VERSION": "7", "ENDCAP_ZONE": "a"}
+    variables = {"ENDCAP_VERSION": "7", "ENDCAP_ZONE": "a", "ENDCAP_PACKAGE_SHA256": ""}
     for one in runtimes:
         container = one["spec"]["containers"][0]
         assert set(variables) <= {variable["name"] for variable in container["env"]}

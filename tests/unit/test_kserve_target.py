@@ -55,7 +55,8 @@ def test_a_version_goes_from_nothing_to_stable_and_every_request_finds_a_pod() -
     target.retire("1", token=token)
     world.until_serving()
     model = {**before["model"], "storageUri": "pvc://models/recommender/2"}
-    assert spec(world)["predictor"] == {**before, "name": "v2", "labels": {"endcap.dev/version": "2"}, "model": model}
+    assert spec(world)["predictor"] == {**before, "name": "v2", "labels": {"endcap.dev/version": "2"}, "model": model,
+                                        "annotations": {"endcap.dev/package-sha256": "none"}}  # fmt: skip
     assert spec(world)["canary"] == []
     assert [pod["metadata"]["uid"] for pod in world._pod_objects()] == pods, "no pod restarted"
     assert target.observe().shares == {"2": 1.0}
@@ -520,3 +521,17 @@ def test_an_older_writer_does_not_write_the_route_either() -> None:
     world.before_write = another_takes_over
     with pytest.raises(FencedError):
         target.set_shares({ONE: 1.0}, token=token)
+
+
+def test_a_version_is_served_by_the_package_that_was_registered_and_no_other() -> None:
+    world = a_world()
+    digest = "ab" * 32
+    delivery = FixedDelivery({"2": Storage("mlflow://recommender/2", digest)})
+    target = KServeTarget(world, SERVICE, NAMESPACE, delivery, patience=world.patience)
+    token = target.acquire("test")
+    target.ensure_capacity({TWO: 0.1, ONE: 0.8, BASELINE: 0.1}, token=token)
+    said = {one["predictor"]["name"]: one["predictor"]["annotations"] for one in spec(world)["canary"]}
+    assert said == {"v2": {"endcap.dev/package-sha256": digest},
+                    "v1-baseline": {"endcap.dev/package-sha256": "none"}}  # fmt: skip
+    pods = {pod["metadata"]["labels"]["endcap.dev/version"] for pod in world._pod_objects()}
+    assert pods == {"1", "2", "1-baseline"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from endcap.errors import InputError, PackageError, VerificationError
+from endcap.files import sha256_file
 from endcap.package import read_manifest, seal, sign_package
 from serving.server.engine import GraphError, GraphTimeoutError, cores, load_engine, verify
 from serving.server.service import load_service
@@ -62,6 +63,14 @@ def test_a_file_that_changes_after_verification_is_not_used(tmp_path: Path) -> N
     (package / "model.onnx").write_bytes(b"another graph")
     with pytest.raises(VerificationError, match="changed after it was verified"):
         load_engine(verified)
+
+
+def test_another_package_than_the_registered_one_is_refused_though_it_is_signed(tmp_path: Path) -> None:
+    package, other = (make_package(tmp_path / name, model=name) for name in ("meant", "other"))
+    meant = sha256_file(package / "package.json")
+    assert verify(package, public_key(package), sha256=meant).manifest.model == "meant"
+    with pytest.raises(VerificationError, match=f"another package than the one meant.*{meant[:12]}"):
+        verify(other, public_key(other), sha256=meant)
 
 
 def test_unsigned_and_wrongly_signed_packages_are_refused(tmp_path: Path) -> None:

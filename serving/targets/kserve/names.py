@@ -13,6 +13,7 @@ __all__ = [
     "FIELD_MANAGER",
     "ISVC_LABEL",
     "REST_ANNOTATION",
+    "SHA256_ANNOTATION",
     "VERSION_LABEL",
     "label_of",
     "lease_name",
@@ -23,6 +24,8 @@ __all__ = [
 FIELD_MANAGER = "endcap"
 VERSION_LABEL = "endcap.dev/version"
 """On the predictor, and so on its pods: whose they are, and what their servers call themselves."""
+SHA256_ANNOTATION = "endcap.dev/package-sha256"
+"""On a predictor, and so on its pods: the digest of the package that its servers may serve, or "none"."""
 ISVC_LABEL = "serving.kserve.io/inferenceservice"
 """KServe's, on all that it makes of an InferenceService."""
 FENCE_ANNOTATION = "endcap.dev/fencing-token"

@@ -33,13 +33,18 @@ _ROUNDED_BY = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """One version as a predictor. ``labelled``: its pods carry its version as a label."""
+    """One version as a predictor. ``labelled``: its pods carry its version as a label.
+
+    ``sha256``: what its pods say of the package's digest; None: nothing (a canary then says "none": it would else
+    say what stable says).
+    """
 
     label: str
     name: str
     storage_uri: str | None = None
     runtime: str | None = None
     labelled: bool = True
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from endcap.documents import describe_validation
 from endcap.errors import StateError
 from serving.targets.kserve.cluster import Json
 from serving.targets.kserve.errors import Reason, ServiceError
-from serving.targets.kserve.names import FENCE_ANNOTATION, VERSION_LABEL, label_of, workload_name
+from serving.targets.kserve.names import FENCE_ANNOTATION, SHA256_ANNOTATION, VERSION_LABEL, label_of, workload_name
 from serving.targets.kserve.plan import Canary, Predictor, Rest, Spec, Workload
 from serving.targets.kserve.routes import OwnRoute
 
@@ -42,6 +42,7 @@ class _ModelSpec(_Model):
 class _Predictor(_Model):
     name: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
     minReplicas: int | None = None  # noqa: N815
     maxReplicas: int | None = None  # noqa: N815
     model: _ModelSpec | None = None
@@ -135,7 +136,8 @@ def read_service(document: Json | None, *, name: str, namespace: str) -> Service
 def _predictor(one: _Predictor) -> Predictor:
     model = one.model or _ModelSpec()
     labelled = VERSION_LABEL in one.labels
-    return Predictor(label_of(one.name, one.labels), one.name, model.storageUri, model.runtime, labelled=labelled)
+    return Predictor(label_of(one.name, one.labels), one.name, model.storageUri, model.runtime, labelled=labelled,
+                     sha256=one.annotations.get(SHA256_ANNOTATION))  # fmt: skip
 
 
 def _own_route(annotations: Mapping[str, str]) -> OwnRoute | None:
@@ -165,6 +167,8 @@ def body_of(service: Service, spec: Spec) -> Json:
     }
     if spec.stable.labelled:  # a label that it did not have would restart its pods
         stable["labels"] = {VERSION_LABEL: spec.stable.label}
+    if spec.stable.sha256 is not None:
+        stable["annotations"] = {SHA256_ANNOTATION: spec.stable.sha256}
     if spec.min_replicas is not None:
         stable["minReplicas"] = spec.min_replicas
     if spec.max_replicas is not None:
@@ -184,7 +188,7 @@ def _canary_body(service: Service, canary: Canary) -> Json:
     return {
         "predictor": {
             "name": one.name, "labels": {VERSION_LABEL: one.label}, "minReplicas": canary.replicas,
-            "model": _model_body(service, one),
+            "annotations": {SHA256_ANNOTATION: one.sha256 or "none"}, "model": _model_body(service, one),
         },
         "trafficPercent": canary.percent,
     }  # fmt: skip

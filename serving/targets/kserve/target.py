@@ -246,11 +246,12 @@ class KServeTarget:
             if canary is not None:
                 found[label] = canary.predictor
                 continue
-            uri, runtime = stable.storage_uri, stable.runtime
+            uri, runtime, sha256 = stable.storage_uri, stable.runtime, stable.sha256
             if label != stable.label + BASELINE:
                 storage = self._delivery.storage(label)
-                uri, runtime = storage.uri, storage.runtime or stable.runtime
-            found[label] = Predictor(label, predictor_name(self.service, label), uri, runtime)
+                uri, runtime, sha256 = storage.uri, storage.runtime or stable.runtime, storage.digest
+            name = predictor_name(self.service, label)
+            found[label] = Predictor(label, name, uri, runtime, sha256=sha256 or "none")
         return found
 
     def _grow(self, token: int, versions: Mapping[str, Predictor], needed: Mapping[str, int], *, back: bool) -> None:

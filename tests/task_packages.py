@@ -32,10 +32,15 @@ _LENGTH = ("rows", "length")
 Parts = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Sequence[onnx.NodeProto], dict[str, np.ndarray]]
 
 
-def make_task_package(folder: Path, task: Task, *, outputs: tuple[TensorSpec, ...] | None = None) -> Path:
-    """Make, seal and sign the package of ``task``, named as its task; ``outputs`` replaces those of its manifest."""
+def make_task_package(folder: Path, task: Task, *, outputs: tuple[TensorSpec, ...] | None = None,
+                      table: np.ndarray | None = None) -> Path:  # fmt: skip
+    """Make, seal and sign the package of ``task``, named as its task; ``outputs`` replaces those of its manifest, and
+    ``table`` its embeddings [tokens, size]."""
     folder.mkdir(parents=True, exist_ok=True)
     takes, gives, nodes, constants = _PARTS[task]()
+    if table is not None:
+        constants = {**constants, "table": table}
+        gives = tuple(spec.model_copy(update={"shape": (*spec.shape[:-1], table.shape[1])}) for spec in gives)
     graph = helper.make_graph(
         nodes, task.value, [_info(spec) for spec in takes], [_info(spec) for spec in gives],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],

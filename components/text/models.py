@@ -109,4 +109,27 @@ def export_text(graph: TextEncoder | TextRanker, path: Path) -> None:
                                   dynamic_axes={name: dict(named) for name, named in axes.items()})  # fmt: skip
         except (RuntimeError, ValueError, TypeError) as error:
             raise PackageError(f"the model cannot be exported to ONNX ({str(error).splitlines()[0]})") from error
-        write_atomic(path, made.read_bytes())
+        write_atomic(path, _without_aliases(made.read_bytes()))
+
+
+def _without_aliases(graph: bytes) -> bytes:
+    """The graph with its weights read where they are used.
+
+    The exporter names a weight that is used twice (a ranker's encoder) by ``Identity`` nodes, and the quantiser leaves
+    alone what does not come straight from a weight.
+    """
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    weights = {one.name for one in model.graph.initializer}
+    alias = {node.output[0]: node.input[0] for node in model.graph.node
+             if node.op_type == "Identity" and node.input[0] in weights}  # fmt: skip
+    kept = [node for node in model.graph.node if node.output[0] not in alias]
+    for node in kept:
+        for place, name in enumerate(node.input):
+            node.input[place] = alias.get(name, name)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    onnx.checker.check_model(model)
+    found: bytes = model.SerializeToString()
+    return found

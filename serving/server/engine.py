@@ -176,6 +176,8 @@ def load_engine(package: Verified, *, variant: str = "float32", threads: int = 1
     options.log_severity_level = 4  # what goes wrong is an exception; its log lines would hold parts of histories
     where = package.folder / chosen.file
     providers = _providers(onnxruntime, provider)
+    if "CUDAExecutionProvider" in providers:
+        onnxruntime.preload_dlls()  # CUDA's libraries come as packages of their own, where the loader does not look
     try:
         session = onnxruntime.InferenceSession(graph, options, providers=providers)
     except Exception as error:

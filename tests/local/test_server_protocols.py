@@ -158,6 +158,38 @@ def test_kserves_grpc_client_passes(server: Program, binary: bool) -> None:
     kserve_client(talk)
 
 
+def test_every_call_of_the_published_proto_is_answered(server: Program) -> None:
+    from kserve.protocol.grpc import grpc_predict_v2_pb2 as pb  # type: ignore[import-untyped]
+    from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as stubs  # type: ignore[import-untyped]
+
+    over_http = httpx.get(f"{server.url}/v2/models/recommender/versions/2", timeout=30.0).json()
+    with grpc.insecure_channel(grpc_address(server)) as channel:
+        stub = stubs.GRPCInferenceServiceStub(channel)
+        assert stub.ServerLive(pb.ServerLiveRequest(), timeout=30.0).live
+        assert stub.ServerReady(pb.ServerReadyRequest(), timeout=30.0).ready
+        assert stub.ModelReady(pb.ModelReadyRequest(name="recommender", version="2"), timeout=30.0).ready
+        about = stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=30.0)
+        assert (about.name, about.version) == ("endcap", "2")
+        model = stub.ModelMetadata(pb.ModelMetadataRequest(name="recommender"), timeout=30.0)
+        for name in ("inputs", "outputs"):
+            assert [(one.name, one.datatype, list(one.shape)) for one in getattr(model, name)] == [
+                (one["name"], one["datatype"], one["shape"]) for one in over_http[name]
+            ]
+        assert (list(model.versions), model.platform) == (over_http["versions"], over_http["platform"])
+        tensor = pb.ModelInferRequest.InferInputTensor(
+            name="history", datatype="INT64", shape=[2, 3],
+            contents=pb.InferTensorContents(int64_contents=[item for row in ROWS for item in row]),
+        )  # fmt: skip
+        found = stub.ModelInfer(pb.ModelInferRequest(model_name="recommender", inputs=[tensor]), timeout=30.0)
+        assert found.outputs[0].contents.int64_contents[::20] == NEXT
+        for call, request in ((stub.RepositoryModelLoad, pb.RepositoryModelLoadRequest),
+                              (stub.RepositoryModelUnload, pb.RepositoryModelUnloadRequest)):  # fmt: skip
+            with pytest.raises(grpc.RpcError, match="PERMISSION_DENIED"):  # no admin key and no tokens are configured
+                call(request(model_name="recommender"), timeout=30.0)
+        known = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+    assert len(known) == 8
+
+
 def test_grpc_is_counted_and_brings_nothing_heavy(server: Program) -> None:
     grpc_address(server)
     counted = [line for line in server.get("/metrics").text.splitlines() if line.startswith("endcap_server_attempts")]

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
+from endcap.package import Task
 from endcap.processes import free_port
 from tests.packages import make_package
 from tests.process import Program, run_to_end, started, wait_until
+from tests.task_packages import make_task_package
 
 BODY = {"shopper": "1", "history": ["104"]}
 
@@ -66,6 +69,37 @@ def test_all_answer_a_killed_one_is_replaced_and_counts_are_of_all(server: Progr
     for _ in range(40):
         assert httpx.post(server.url + "/v1/recommend", json=BODY, timeout=30.0).status_code == 200
     assert answered(server) == 80
+
+
+def memory_mb(pid: int, *kinds: str) -> float:
+    rolled = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(re.search(rf"^{kind}:\s+(\d+) kB", rolled, re.MULTILINE)[1]) for kind in kinds) / 1024  # type: ignore[index]
+
+
+def test_workers_share_one_copy_of_the_weights(tmp_path: Path) -> None:
+    weights = np.random.default_rng(1).random((64 << 18, 1), np.float32)  # 64 MB that no compression finds out
+    make_task_package(tmp_path / "encoder", Task.ENCODER, table=weights)
+    port = free_port()
+    argv = [
+        "-m", "serving.server", "--package", str(tmp_path / "encoder"), "--public-key",
+        str(tmp_path / "keys/signing.pub"), "--version", "2", "--zone", "b", "--port", str(port), "--processes", "3",
+        "--threads", "1",
+    ]  # fmt: skip
+    body = {"inputs": [{"name": name, "datatype": "INT64", "shape": [1, 2], "data": [1, 1]}
+                       for name in ("input_ids", "attention_mask")]}  # fmt: skip
+    with started(argv, port, tmp_path / "log") as program:
+        program.wait_for("/v2/health/ready")
+        for _ in range(30):
+            answer = httpx.post(f"{program.url}/v2/models/encoder/infer", json=body, timeout=30.0)
+            assert answer.status_code == 200
+        workers = workers_of(program)
+        assert len(workers) == 3
+        for worker in workers:
+            assert memory_mb(worker, "Rss") > 64
+            assert memory_mb(worker, "Private_Clean", "Private_Dirty") < 40
+        everything = sum(memory_mb(pid, "Pss") for pid in (program.process.pid, *workers))
+        # One copy, twice while it was loaded; with a copy for each worker it would be four at the least.
+        assert everything < memory_mb(program.process.pid, "Rss") + 3 * 40
 
 
 def test_sigterm_loses_no_request_and_ends_all(server: Program) -> None:

@@ -133,6 +133,8 @@ def test_the_packages_are_signed_and_answer_as_pytorch_does(folder: Path, made: 
         manifest = verify_package(folder / task.value, folder / "keys" / "signing.pub")
         assert (manifest, set(manifest.variants)) == (package.manifest, {"float32", "int8"})
         assert package.parity < 1e-5
+        sizes = {name: (folder / task.value / one.file).stat().st_size for name, one in manifest.variants.items()}
+        assert sizes["int8"] < 0.3 * sizes["float32"]
         weights = manifest.lineage["weights_sha256"]
         assert weights == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

@@ -136,6 +136,7 @@ def test_the_gpu_is_used_only_where_onnxruntime_offers_one(package: Path, monkey
     assert load_service(package, public_key(package), provider="auto").engine.on_cpu
     asked: list[list[str]] = []
     session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
 
     def remember(graph: bytes, options: object, *, providers: list[str]) -> object:
         asked.append(providers)

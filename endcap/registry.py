@@ -222,8 +222,10 @@ class Registry:
                     import mlflow.artifacts
 
                     with self._errors("fetching a package"):
-                        mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(scratch),
-                                                            tracking_uri=self.uri)  # fmt: skip
+                        scratch.mkdir()
+                        found = mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(scratch),
+                                                                    tracking_uri=self.uri)  # fmt: skip
+                    _lift(Path(found), scratch)
         except FileNotFoundError as error:
             raise RegistryError("the package's files are gone", where=folder or source) from error
         except OSError as error:
@@ -346,6 +348,17 @@ def _quiet() -> None:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _lift(folder: Path, to: Path) -> None:
+    """A server's artifacts come in a folder of their own name inside of the one that was asked for."""
+    if folder.resolve() == to.resolve():
+        return
+    apart = to / ".coming"
+    folder.rename(apart)
+    for file in apart.iterdir():
+        file.rename(to / file.name)
+    apart.rmdir()
 
 
 def _local_folder(source: str) -> Path | None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 
+from endcap.processes import free_port
 from tests.charts.conftest import CHART, KUBERNETES, VALUES, Helm, values_of
 from tests.charts.pod_security import violations
 from tests.charts.schemas import LOCATION
+from tests.process import wait_until
 
 Json = dict[str, Any]
 WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
@@ -239,3 +243,29 @@ def test_what_is_installed_keeps_its_names_over_an_upgrade(helm: Helm) -> None:
     """Selectors cannot be changed in place: no version may stand in them."""
     one = named(helm.template(), "Deployment", "endcap-operator")
     assert set(one["spec"]["selector"]["matchLabels"]) == {"app.kubernetes.io/name", "app.kubernetes.io/instance"}
+
+
+def test_redis_takes_the_arguments_that_it_is_given(helm: Helm, tmp_path: Path) -> None:
+    program = shutil.which("redis-server")
+    assert program, "install Debian's package redis-server (.ci/run does)"
+    pod = named(helm.template(values="full"), "Deployment", "endcap-redis")["spec"]["template"]["spec"]
+    port = free_port()
+    arguments = [*pod["containers"][0]["args"], "--port", str(port), "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        client = redis.Redis(port=port)
+
+        def answers() -> bool:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+        wait_until(answers, "Redis answers")
+        settings = client.config_get("maxmemory*")
+        assert settings["maxmemory-policy"] == "allkeys-lru" and int(settings["maxmemory"]) == 256 << 20
+        assert client.config_get("save") == {"save": ""} and client.config_get("appendonly") == {"appendonly": "no"}
+        client.close()
+    finally:
+        process.terminate()
+        process.wait(30)

@@ -43,14 +43,17 @@ class Services:
         corefile = self.folder / "node" / "Corefile"
         corefile.write_text(
             f"""\
-.:53 {{
+cluster.local:53 in-addr.arpa:53 {{
     bind {self.net.node}
     errors
     kubernetes cluster.local in-addr.arpa {{
         kubeconfig {kubeconfig}
         ttl 5
     }}
-    template ANY ANY . {{
+}}
+.:53 {{
+    bind {self.net.node}
+    template ANY ANY {{
         rcode NXDOMAIN
     }}
 }}

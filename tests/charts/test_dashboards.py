@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from endcap.alerts import burn_rate_rules
 from endcap.objectives import load_objectives
 from serving.feedback.app import FeedbackMetrics
 from serving.feedback.store import Evidence, VersionCounts
+from serving.operator.metrics import Metrics
 from serving.server.metrics import ServerMetrics
 from tests.charts.conftest import CHART
 from tests.prometheus_tool import promtool
@@ -54,7 +56,11 @@ def kept_series(tmp_path: Path) -> set[str]:
 
 
 def operator_series() -> set[str]:
-    return set()
+    metrics = Metrics()
+    metrics.decisions.labels("grow"), metrics.endings.labels("promoted"), metrics.errors.labels("TargetError")
+    metrics.requests.labels("GET", "ok"), metrics.rollouts.labels("growing")
+    page = generate_latest(metrics.registry)
+    return {name.decode() for name in re.findall(rb"^([a-zA-Z_:][a-zA-Z0-9_:]*)", page, re.MULTILINE)}
 
 
 def asked(query: str) -> set[str]:

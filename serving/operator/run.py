@@ -97,7 +97,7 @@ def registry_of(operator: Operator) -> kopf.OperatorRegistry:
     @kopf.on.startup(registry=registry)
     async def configure(settings: kopf.OperatorSettings, **_: Any) -> None:
         settings.posting.enabled = False
-        settings.scanning.disabled = bool(operator.settings.namespaces)
+        settings.scanning.disabled = True  # the CRDs come with the chart; to watch for others is not granted
         settings.watching.connect_timeout = 10
         settings.networking.request_timeout = 20
 

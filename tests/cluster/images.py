@@ -184,6 +184,8 @@ def _key(role: str) -> str:
 def _copied(role: str) -> Iterator[Path]:
     """The files that the Containerfile copies."""
     text = (_ROOT / "images" / role / "Containerfile").read_text()
+    for name, value in re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE):
+        text = text.replace(f"${{{name}}}", value)
     for source in re.findall(r"^COPY ([^-\s]\S*) ", text, re.MULTILINE):
         path = _ROOT / source
         yield from (

@@ -83,21 +83,25 @@ def ask(access: Access, namespace: str, path: str, body: Json | None = None) -> 
                           url, *text)  # fmt: skip
 
 
-def test_the_collector_runs_restricted_and_keeps_what_shoppers_did(
+def test_operator_and_collector_run_restricted_and_what_shoppers_did_is_kept(
     full_cluster: Access, pod_namespace: str, tmp_path: Path
 ) -> None:
     access, namespace = full_cluster, pod_namespace
     know_kserve(access)
     image = access.image("server")
     name, _, tag = image.rpartition(":")
+    controller = access.image("controller").rpartition(":")[0]
     access.apply(keys_secret(tmp_path), namespace=namespace)
     with volume(access, namespace, image) as storage:
         access.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-        settings = values(f"images.server={name}", f"images.tag={tag}", "operator.enabled=false", storage,
-                          "collector.windowSeconds=1")  # fmt: skip
+        settings = values(f"images.server={name}", f"images.controller={controller}", f"images.tag={tag}", storage,
+                          "operator.replicas=2", "collector.windowSeconds=1")  # fmt: skip
         helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings)
         try:
             assert "Phase:          Succeeded" in helm(access, "test", RELEASE, "--namespace", namespace)
+            lease = access.get("lease", "endcap-operator", "--namespace", namespace)["spec"]
+            pods = access.get("pods", "--namespace", namespace, "-l", "app.kubernetes.io/name=endcap-operator")["items"]
+            assert len(pods) == 2 and any(lease["holderIdentity"].startswith(pod["metadata"]["name"]) for pod in pods)
 
             key = impressions.read_key(tmp_path / "impression.key")
             tokens = [impressions.mint(key, version="7", shopper=str(shopper), now_s=time.time())[1]

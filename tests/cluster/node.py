@@ -195,7 +195,9 @@ disabled_plugins = {json.dumps(_UNUSED)}
     def _write(self, name: str, text: str) -> None:
         file = self._file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        # kube-proxy ends when its settings are written, be it with the same.
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
 
     def _start(self, name: str, *command: str) -> None:
         self.daemons.start(name, command, prefix=self.namespaces.enter)

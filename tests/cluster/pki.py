@@ -105,8 +105,10 @@ class Authority:
             "contexts": [{"name": "endcap-test", "context": {"cluster": "endcap-test", "user": user}}],
         }
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.touch(mode=0o600)
-        to.write_text(yaml.safe_dump(document, sort_keys=False))
+        text = yaml.safe_dump(document, sort_keys=False)
+        if not to.exists() or to.read_text() != text:
+            to.touch(mode=0o600)
+            to.write_text(text)
         return to
 
 

@@ -66,6 +66,7 @@ test-charts: setup ## the Helm chart: lint, schemas, Pod Security, alerts, dashb
 	@ENDCAP_BUILD_TOOLS=1 $(BIN)/python -m pytest tests/charts
 
 test-cluster: setup ## the tests on a real Kubernetes: ENDCAP_TEST_KUBECONFIG's, else one built and started here (docs/testing.md)
+	@$(BIN)/python -m tests.cluster build
 	@$(BIN)/python -m pytest tests/cluster
 
 cluster-up: setup ## start the test cluster and leave it running (ONLY=control-plane: no pods, no root)

@@ -1,19 +1,22 @@
-"""``python -m tests.cluster up|down|status``: the test cluster by hand."""
+"""``python -m tests.cluster up|down|status|build``: the test cluster by hand."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from tests.cluster.cluster import FOLDER_SETTING, Cluster, Kind, Status, default_folder
+from tests.cluster import images, programs
+from tests.cluster.access import KUBECONFIG_SETTING
+from tests.cluster.cluster import FOLDER_SETTING, Cluster, Kind, Status, default_folder, why_not
 from tests.cluster.errors import ClusterError
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster", description=__doc__)
-    parser.add_argument("command", choices=("up", "down", "status"))
+    parser.add_argument("command", choices=("up", "down", "status", "build"))
     parser.add_argument(
         "--folder",
         type=Path,
@@ -41,11 +44,32 @@ def _printed(status: Status) -> str:
     return "\n".join([*lines, f"export KUBECONFIG={status.kubeconfig}"])
 
 
+def _build() -> None:
+    """Everything that tests would else build while one of them waits; nothing where they cannot run here anyway."""
+    reason = why_not(Kind.FULL) or images.why_not()
+    if os.environ.get(KUBECONFIG_SETTING) or reason is not None:
+        print(f"nothing is built: {reason or 'the tests are for another cluster'}")  # noqa: T201
+        return
+    for name in programs.PROGRAMS:
+        programs.ensure(name)
+    for documents in (programs.GATEWAY_CRDS, programs.KWOK_STAGES):
+        programs.ensure_documents(documents)
+    for role in _ROLES:
+        images.ensure(role)
+
+
+_ROLES = ("server", "controller", "load")
+"""Whose images tests run; the pipeline's carries torch and is 7 GB."""
+
+
 def main() -> int:
     """0: done; for ``status``: ready. 1: not ready. 2: it cannot be done, with the reason."""
     arguments = _arguments()
     cluster = Cluster(arguments.folder)
     try:
+        if arguments.command == "build":
+            _build()
+            return 0
         if arguments.command == "up":
             cluster.up(Kind.CONTROL_PLANE if arguments.only else Kind.FULL)
         elif arguments.command == "down":

@@ -21,6 +21,7 @@ from tests.cluster.errors import ClusterError
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
 
+KUBECONFIG_SETTING = "ENDCAP_TEST_KUBECONFIG"
 IMAGES_SETTING = "ENDCAP_TEST_IMAGES"
 GATEWAY_CLASS_SETTING = "ENDCAP_TEST_GATEWAY_CLASS"
 

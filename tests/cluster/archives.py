@@ -132,8 +132,8 @@ def _finish(to: Path, name: str, layer: Path, settings: Mapping[str, Any]) -> No
 def _key(name: str, contents: Contents) -> str:
     known: list[object] = [name, contents.entrypoint, contents.folders, sorted(contents.texts.items())]
     for inside, file in sorted(contents.files.items()):
-        stat = file.stat()
-        known.append([inside, str(file), stat.st_size, stat.st_mtime_ns])
+        with file.open("rb") as source:
+            known.append([inside, hashlib.file_digest(source, "sha256").hexdigest()])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 

@@ -170,12 +170,12 @@ class Cluster:
             ClusterError: it cannot be built.
         """
         archive = images.ensure(role)
-        brought = self.folder / "node" / "images" / archive.stem
+        brought = self.folder / "node" / "images" / role
         with programs.locked(self._lock):
-            if not brought.exists():
+            if not brought.exists() or brought.read_text() != archive.stem:
                 self.node.load(archive)
                 brought.parent.mkdir(exist_ok=True)
-                brought.touch()
+                brought.write_text(archive.stem)
 
     def down(self) -> None:
         """End every process and remove every trace; also what a killed run left."""

@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.access import Access
+from tests.cluster.access import KUBECONFIG_SETTING, Access
 from tests.cluster.cluster import Cluster, Kind, default_folder, why_not
-
-KUBECONFIG_SETTING = "ENDCAP_TEST_KUBECONFIG"
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,9 @@ _BASE_DROPS = (
 
 _APART = ("unshare", "--mount", "--propagation=private")
 
+_KEPT = 4
+"""Of each role, the newest images."""
+
 NEEDED = ("buildah", "debootstrap")
 
 
@@ -83,9 +86,9 @@ def _build(role: str, base: Path, wheels: Path, wanted: Path) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)
-    for old in _folder().glob(f"{role}-*.tar"):
-        if old != wanted:
-            old.unlink()
+    # Other checkouts have theirs, and may be reading them now.
+    for old in sorted(_folder().glob(f"{role}-*.tar"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
+        old.unlink()
 
 
 def _store(role: str, base: Path, wheels: Path) -> Path:

@@ -102,6 +102,30 @@ def server(
     ]
 
 
+def once(name: str, image: str, *command: str) -> dict[str, Any]:
+    """A pod that runs ``command`` once, as nobody in particular, with nothing to write to but ``/tmp``."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "containers": [
+                {
+                    "name": name,
+                    "image": image,
+                    "imagePullPolicy": "IfNotPresent",
+                    "command": list(command),
+                    "securityContext": RESTRICTED,
+                    "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+                }
+            ],
+            "volumes": [{"name": "tmp", "emptyDir": {}}],
+        },
+    }
+
+
 def gateway(name: str, gateway_class: str, *services: str) -> list[dict[str, Any]]:
     """A Gateway on port 80 and a route that shares everything equally among ``services``."""
     return [

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,11 +205,12 @@ def _digest(data: bytes) -> str:
 
 
 def main() -> None:
-    """Build everything."""
-    for name in PROGRAMS:
+    """Build the programs that are named; without names all of them."""
+    for name in sys.argv[1:] or PROGRAMS:
         ensure(name)
-    for documents in (GATEWAY_CRDS, KWOK_STAGES):
-        ensure_documents(documents)
+    if not sys.argv[1:]:
+        for documents in (GATEWAY_CRDS, KWOK_STAGES):
+            ensure_documents(documents)
 
 
 if __name__ == "__main__":

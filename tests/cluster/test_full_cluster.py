@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.cluster import images, pods
 from tests.cluster.access import Access
@@ -117,6 +118,30 @@ def test_gpu_pods_fill_the_fake_gpu_nodes_and_no_more(full_cluster: Access, pod_
     waiting = full_cluster.get("pods", f"--namespace={pod_namespace}", "--field-selector=status.phase=Pending")["items"]
     reasons = [condition.get("message", "") for condition in waiting[0]["status"]["conditions"]]
     assert any("Insufficient nvidia.com/gpu" in reason for reason in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    ("role", "command"),
+    [
+        ("controller", ("python", "-m", "serving.operator", "--help")),
+        ("load", ("python", "-m", "loadtests.run", "--help")),
+    ],
+)
+def test_other_images_run_as_nobody_without_writing(
+    full_cluster: Access, pod_namespace: str, role: str, command: tuple[str, ...]
+) -> None:
+    restricted = "pod-security.kubernetes.io/enforce=restricted"
+    full_cluster.kubectl("label", "namespace", pod_namespace, restricted)
+    full_cluster.apply(pods.once(role, full_cluster.image(role), *command), namespace=pod_namespace)
+
+    def ended() -> bool:
+        phase = full_cluster.get("pod", role, f"--namespace={pod_namespace}")["status"].get("phase")
+        return phase in {"Succeeded", "Failed"}
+
+    wait_until(ended, f"the pod of the image {role} ends", deadline_s=PATIENCE_S)
+    said = full_cluster.kubectl("logs", role, f"--namespace={pod_namespace}")
+    assert full_cluster.get("pod", role, f"--namespace={pod_namespace}")["status"]["phase"] == "Succeeded", said
+    assert "usage" in said.lower()
 
 
 def test_the_server_image_is_small_and_carries_nothing_heavy(full_cluster: Access) -> None:

@@ -30,7 +30,7 @@ PATIENCE = Patience(capacity_s=180, route_s=120, healthy_s=60)
 
 @pytest.fixture(scope="module")
 def cluster(control_plane: Access) -> Iterator[Cluster]:
-    crds = programs.ensure_gateway_crds()
+    crds = programs.ensure_documents(programs.GATEWAY_CRDS)
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
     with kserve(control_plane) as found:
         yield found

@@ -90,6 +90,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--impression-key", type=Path)
     parser.add_argument("--answers", type=Path)
+    parser.add_argument("--thresholds-ms")
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.parse_args()
     app = Replica(options.version, options.zone, options.package)

@@ -32,6 +32,7 @@ def up(
     label: Annotated[str, typer.Option(help="Label of this model version.")] = "1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the gateway; 0 takes any free one.")] = 0,
     objectives: Annotated[Path | None, typer.Option(help="Objectives file (latency thresholds, click window).")] = None,
+    variant: Annotated[str, typer.Option(help="Which graph of each package: float32 or int8.")] = "float32",
 ) -> None:
     """Serve a package until Ctrl-C or SIGTERM. A folder that served before goes on with what it served."""
     from endcap.objectives import load_objectives
@@ -50,6 +51,7 @@ def up(
         thresholds_ms=declared.latency_thresholds_ms if declared else (100,),
         window_s=(declared.click_window_s if declared else None) or 10.0,
         gateway_port=port,
+        server_arguments=("--variant", variant),
     )
     with console.task("starting replicas and gateway"):
         target = start_local_target(config)

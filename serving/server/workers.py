@@ -32,8 +32,9 @@ _FIRST_PAUSE_S = 0.1
 _MOST_PAUSE_S = 5.0
 _FINISH_S = 15.0
 """Beyond the drain; a worker that has not ended by then is killed."""
-REFUSED = 3
-"""A worker's exit code for a package that must not be served: no other worker will do better."""
+REFUSED = (2, 3)
+"""A worker's exit codes for what was asked for and cannot be had here, and for a package that must not be served: no
+other worker will do better."""
 
 
 def bind_all(host: str, port: int, count: int) -> list[socket.socket]:
@@ -107,8 +108,8 @@ def supervise(sockets: Sequence[socket.socket], work: Callable[[int, socket.sock
             if ending_s is not None:
                 code = code or max(status, 0)
                 continue
-            if status == REFUSED:
-                code, ending_s = REFUSED, now_s + drain_s + _FINISH_S
+            if status in REFUSED:
+                code, ending_s = status, now_s + drain_s + _FINISH_S
                 _send_all(workers, signal.SIGTERM)
                 continue
             lasted = now_s - since_s >= _LASTING_S

@@ -280,7 +280,9 @@ class Fleet:
             sys.executable, "-m", config.server_module, "--package", str(slot.version.package),
             "--public-key", str(config.public_key), "--version", slot.version.label, "--zone", slot.zone,
             "--host", config.host, "--port", str(slot.port), "--impression-key", str(self._impression_key),
-            "--answers", str(answers_file(config.folder, slot.name)), *config.server_arguments,
+            "--answers", str(answers_file(config.folder, slot.name)),
+            *(["--thresholds-ms", ",".join(map(str, config.thresholds_ms))] if config.thresholds_ms else []),
+            *config.server_arguments,
         ]  # fmt: skip
 
 

@@ -27,10 +27,16 @@ def target(folder: Path) -> Iterator[LocalTarget]:
     package = make_package(folder / "1")
     config = SupervisorConfig(
         folder=folder / "target", records=folder / "records", public_key=folder / "keys" / "signing.pub",
-        stable=StableVersion(label="1", package=package), thresholds_ms=(100,), window_s=3.0, replicas_full=1,
+        stable=StableVersion(label="1", package=package), thresholds_ms=(37, 100), window_s=3.0, replicas_full=1,
     )  # fmt: skip
     with start_local_target(config) as started:
         yield started
+
+
+def test_the_objectives_thresholds_are_edges_of_the_servers_histograms(target: LocalTarget) -> None:
+    port = target.replicas()[0].port
+    metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert 'endcap_server_latency_seconds_bucket{le="0.037",route="recommend",version="1"}' in metrics
 
 
 def recommend(target: LocalTarget) -> str:

@@ -151,3 +151,9 @@ def test_what_cannot_be_served_is_said_once(folder: Path, tmp_path: Path) -> Non
     for wrong in (("--processes", "0"), ("--processes", "65"), ("--answers", str(tmp_path / "answers"))):
         ended = run_to_end(arguments(folder, 0, *wrong))
         assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("asked", [("--variant", "int4"), ("--provider", "cuda")])
+def test_what_each_worker_would_refuse_ends_the_server(folder: Path, asked: tuple[str, str]) -> None:
+    ended = run_to_end(arguments(folder, 0, "--threads", "2", *asked))  # so that each loads for itself
+    assert (ended.returncode, asked[0] in ended.stderr) == (2, True), ended.stderr

@@ -7,10 +7,11 @@ from serving.targets.kserve.gateway import EnvoyGatewayCounts
 from serving.targets.kserve.plan import Sizing
 from serving.targets.kserve.target import KServeTarget
 from serving.targets.kserve.telemetry import Feedback, PodScrapes, ServerTelemetry, Telemetry
+from serving.targets.kserve.through_prometheus import PrometheusScrapes
 from serving.targets.kserve.waits import Patience
 
 __all__ = [
     "Cluster", "Delivery", "EnvoyGatewayCounts", "Feedback", "FixedDelivery", "KServeTarget", "MLflowDelivery",
-    "Patience", "PodScrapes", "Reason", "ServerTelemetry", "ServiceError", "Sizing", "Storage", "Telemetry",
-    "open_cluster",
+    "Patience", "PodScrapes", "PrometheusScrapes", "Reason", "ServerTelemetry", "ServiceError", "Sizing", "Storage",
+    "Telemetry", "open_cluster",
 ]  # fmt: skip

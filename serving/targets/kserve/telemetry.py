@@ -37,8 +37,8 @@ from serving.targets.kserve.cluster import Cluster, Json, path_of
 from serving.targets.kserve.names import VERSION_LABEL
 
 __all__ = [
-    "Counted", "Feedback", "GatewayCounts", "NoTelemetry", "PodScrapes", "Scrape", "Scrapes", "ServerTelemetry",
-    "Telemetry", "compared",
+    "SERVER_NAMES", "Counted", "Feedback", "GatewayCounts", "NoTelemetry", "PodScrapes", "Scrape", "Scrapes",
+    "ServerTelemetry", "Telemetry", "born_s", "compared",
 ]  # fmt: skip
 
 log = logging.getLogger("endcap.target")
@@ -143,7 +143,7 @@ class PodScrapes:
         except SourceError as error:
             return error
         series = [RawSeries(one.name, one.labels, ((at_s, one.value),)) for one in samples]
-        return Scrape(str(meta["uid"]), _version(pod), series, _born_s(pod))
+        return Scrape(str(meta["uid"]), _version(pod), series, born_s(pod))
 
 
 class _VersionEvidence(BaseModel):
@@ -320,7 +320,8 @@ def _is_ready(pod: Json) -> bool:
     return any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
 
 
-def _born_s(pod: Json) -> float | None:
+def born_s(pod: Json) -> float | None:
+    """When it was started, Unix time: no counter of its is older."""
     text = (pod.get("status") or {}).get("startTime")
     try:
         return None if text is None else datetime.fromisoformat(str(text)).timestamp()

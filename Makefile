@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving soak clean
+.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ bench-rollout: setup ## false rollbacks, detection and cost of rollouts by evide
 
 bench-serving: setup ## the model server beside KServe's, MLServer and onnxruntime itself (about 20 minutes; needs Go)
 	@$(BIN)/python -m benchmarks.serving $(if $(ONLY),--only $(ONLY))
+
+bench-operator: setup ## a thousand rollouts in one operator beside Argo Rollouts (about 20 minutes; needs Go)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.operator $(if $(ONLY),--only $(ONLY))
 
 SECONDS ?= 1800
 soak: setup ## memory slope and latency drift of a model server over half an hour (SECONDS=..; needs Go)

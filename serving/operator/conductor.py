@@ -39,12 +39,12 @@ class Conductor:
     """Keeps what is seen of all Rollouts; drives them between :meth:`begin` and :meth:`end`.
 
     Looks, and what may take long, have threads of their own: a canary that waits for a node delays nobody's look.
-    ``looked``: is told of each look that was due, with when it was and when it was acknowledged.
+    ``looked``: is told of each look that was due, with when it was, when its turn began and when it was acknowledged.
     """
 
     def __init__(
         self, make: Callable[[Key, int], Drive], *, clock: Clock, metrics: Metrics, fast: int, slow: int,
-        looked: Callable[[Key, float, float], None] | None = None,
+        looked: Callable[[Key, float, float, float], None] | None = None,
     ) -> None:  # fmt: skip
         self._make, self._clock, self._metrics, self._looked = make, clock, metrics, looked
         self._fast, self._slow = fast, slow
@@ -201,10 +201,11 @@ class Conductor:
             due_s = self._clock.now_s() + _CRASHED_S
         now_s = self._clock.now_s()
         self._metrics.turn_s.observe(max(0.0, now_s - begun_s))
-        if not long and was_due_s <= begun_s:
-            self._metrics.look_delay_s.observe(max(0.0, now_s - was_due_s))
+        acknowledged_s = entry.drive.acknowledged_s
+        if not long and was_due_s <= begun_s <= acknowledged_s:
+            self._metrics.look_delay_s.observe(max(0.0, acknowledged_s - was_due_s))
             if self._looked is not None:
-                self._looked(key, was_due_s, now_s)
+                self._looked(key, was_due_s, begun_s, acknowledged_s)
         with self._changed:
             entry.running = False
             if due_s is None and not entry.drive.is_under_way and not entry.again:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +107,10 @@ class Drive:
         self._equipment: Equipment | None = None
         self._object: RolloutObject | None = None
         self._failures = 0
-        self._shown_at_s = float("-inf")
+        self._refresh_at_s = float("inf")
+        self._wants_refresh = False
+        self.acknowledged_s = float("-inf")
+        """When the API server had acknowledged the last decision or look, by the clock."""
         self._spec_generation = -1
         self._settled: tuple[int, bool] | None = None
         """The generation, and whether deleted, for which there is nothing more to be done."""
@@ -123,8 +127,8 @@ class Drive:
 
     @property
     def may_take_long(self) -> bool:
-        """The next turn acts, or begins: more than a look."""
-        return self._engine is None or bool(self._engine.state.intent)
+        """The next turn acts, begins, or writes for people: more than a look."""
+        return self._engine is None or self._wants_refresh or bool(self._engine.state.intent)
 
     def has_asks(self) -> bool:
         store = self._store
@@ -135,6 +139,7 @@ class Drive:
         if self._equipment is not None:
             self._equipment.close()
         self._engine = self._store = self._equipment = None
+        self._wants_refresh, self._refresh_at_s = False, float("inf")
 
     def turn(self) -> float | None:
         """Take one turn; when the next is due by the clock, None when nothing is until the object changes."""
@@ -201,10 +206,12 @@ class Drive:
             self.close()  # a freeze may have been declared; what else differs is told
             return self._clock.now_s()
         self._drop_heard(seen, store)
+        if self._wants_refresh and store.held is not None:
+            self._show(store.held)
         due_s = engine.step()
-        held = store.held
-        if held is not None and self._clock.now_s() - self._shown_at_s >= self._refresh_s:
-            self._show(held)
+        if self._clock.now_s() >= self._refresh_at_s:
+            self._wants_refresh = True  # in a turn of its own: what people read delays nobody's look
+            return self._clock.now_s()
         if due_s is None:
             outcome = engine.result.outcome
             self._metrics.endings.labels(outcome.value).inc()
@@ -339,24 +346,26 @@ class Drive:
         seen = self._seen()
         conditions = [*conditions_of(held), Condition("Accepted", "True", "Begun", "the rollout was begun")]
         conditions.append(_up_to_date(seen, held))
-        if self._patch_status(seen, status_of(held, self.key.name), conditions):
-            self._shown_at_s = self._clock.now_s()
+        self._patch_status(seen, status_of(held, self.key.name), conditions)
+        self._wants_refresh = False
+        # Not all at once: those that were taken up together would be written together for ever.
+        spread = 0.75 + (zlib.crc32(str(self.key).encode()) % 512) / 1024
+        self._refresh_at_s = self._clock.now_s() + self._refresh_s * spread
 
-    def _patch_status(self, seen: RolloutObject, fields: Mapping[str, Any], conditions: list[Condition]) -> bool:
+    def _patch_status(self, seen: RolloutObject, fields: Mapping[str, Any], conditions: list[Condition]) -> None:
         merged = merged_conditions(seen.status.get("conditions") or (), conditions, at_s=time.time(),
                                    generation=seen.generation)  # fmt: skip
         now = {**fields, "conditions": merged, "observedGeneration": seen.generation}
         if all(seen.status.get(name) == value for name, value in now.items()):
-            return True
+            return
         try:
             self._api.merge(rollout_path(*self.key, sub="status"), {"status": now})
         except TargetError as error:  # it decides nothing, and is written again
             log.warning("the status was not written: %s", error.what, extra={"rollout": str(self.key)})
-            return False
-        return True
 
     def _told(self, spec: RolloutSpec, equipment: Equipment) -> Callable[[Decision], None]:
         def told(decided: Decision) -> None:
+            self.acknowledged_s = self._clock.now_s()
             if equipment.tell is not None:
                 equipment.tell(decided)
             if decided.action == LOOK:

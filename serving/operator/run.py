@@ -56,7 +56,7 @@ class Operator:
     cluster: Cluster
     outfit: Callable[[Cluster], Outfit]
     settings: Settings
-    looked: Callable[[Key, float, float], None] | None = None
+    looked: Callable[[Key, float, float, float], None] | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:

@@ -25,6 +25,8 @@ __all__ = ["Cluster", "Json", "open_cluster", "path_of"]
 Json: TypeAlias = dict[str, Any]
 _TIMEOUT_S = (5.0, 20.0)
 _LARGEST_BYTES = 64 << 20
+_CONNECTIONS = 96
+"""Kept open at most: an operator asks from as many threads."""
 
 _GROUPS = {
     "inferenceservices": "apis/serving.kserve.io/v1beta1",
@@ -172,4 +174,5 @@ def open_cluster(*, kubeconfig: str | None = None, context: str | None = None) -
         raise InputError(f"no cluster is known: {error}", where=kubeconfig or context,
                          next_step="name one: --context, or KUBECONFIG") from error  # fmt: skip
     settings.retries = False
+    settings.connection_pool_maxsize = _CONNECTIONS
     return Cluster(client.ApiClient(settings))

@@ -32,7 +32,21 @@ DEFAULT_FOLDER = Path("out/rollouts")
 _WATCH_S = 0.5
 _ENGINE_S = 30.0
 
-FolderArgument = Annotated[Path, typer.Argument(help="The rollout's folder.", show_default=False)]
+FolderArgument = Annotated[
+    Path, typer.Argument(help="The rollout's folder; with --context the Rollout's name.", show_default=False)
+]
+ContextOption = Annotated[
+    str | None,
+    typer.Option(
+        "--context",
+        help="Context of the kubeconfig: the rollout is an object of that cluster, named instead of a folder.",
+        show_default=False,
+    ),
+]
+NamespaceOption = Annotated[
+    str | None,
+    typer.Option("--namespace", "-n", help="Namespace (with --context; default: the context's).", show_default=False),
+]
 ByOption = Annotated[str | None, typer.Option("--by", help="Who asks (default: user@host).", show_default=False)]
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to wait until the rollout's engine has taken it up.")
@@ -66,13 +80,19 @@ def start(
         str | None,
         typer.Option(help="Label of the version in --package (default: the document's).", show_default=False),
     ] = None,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Start a rollout, or go on with one that was cut off. Exits 4 when it ends in anything but a promotion.
 
     The candidate, models:/NAME/VERSION, is fetched from the registry. It runs until the rollout ends; Ctrl-C or
-    SIGTERM end it earlier (130, 143): what was decided stays, and the same command goes on.
+    SIGTERM end it earlier (130, 143): what was decided stays, and the same command goes on. With --context the
+    documents are applied to a cluster, whose operator runs the rollout; this command follows it.
     """
+    if context is not None:
+        _start_on_cluster(file, objectives, context, namespace, json_output)
+        return
     from endcap.cli.rolling import has_ended, resolve_candidate, roll_out
     from endcap.cli.serve import checked_label
     from endcap.objectives import load_objectives
@@ -145,9 +165,14 @@ def _objectives_of(target: LocalTarget) -> Path:
 def status(
     folder: FolderArgument,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end; exits 4 unless promoted.")] = False,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Where a rollout stands, with or without an engine."""
+    if context is not None:
+        _status_on_cluster(str(folder), watch, context, namespace, json_output)
+        return
     from endcap.cli.standing import read_standing
 
     console = Console(json_output=json_output)
@@ -185,9 +210,17 @@ def history(
     verify: Annotated[
         bool, typer.Option("--verify", help="Decide it all again from the log, and compare with where it stands.")
     ] = False,
+    context: ContextOption = None,
+    namespace: NamespaceOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """What was decided, when, by whom, and on what evidence."""
+    if context is not None:
+        if verify or all_looks:
+            raise InputError("on a cluster the last decisions are kept, and no looks", where="--context",
+                             next_step="the operator's log has each decision's whole record")  # fmt: skip
+        _history_on_cluster(str(folder), context, namespace, json_output)
+        return
     from endcap.files import read_json_lines
     from serving.rollout.store import DECISIONS_FILE
 
@@ -263,43 +296,56 @@ def _is_after(line: Mapping[str, Any], seq: int) -> bool:
 
 
 @app.command()
-def pause(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
-          json_output: JsonOption = False) -> None:  # fmt: skip
+def pause(
+    folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S, context: ContextOption = None,
+    namespace: NamespaceOption = None, json_output: JsonOption = False,
+) -> None:  # fmt: skip
     """Keep the share that it has. Evidence still counts, and a canary shown to be worse still loses its traffic."""
-    _ask("pause", folder, by, timeout_s, json_output)
+    _ask("pause", folder, by, timeout_s, json_output, context=context, namespace=namespace)
 
 
 @app.command()
-def resume(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
-           json_output: JsonOption = False) -> None:  # fmt: skip
+def resume(
+    folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S, context: ContextOption = None,
+    namespace: NamespaceOption = None, json_output: JsonOption = False,
+) -> None:  # fmt: skip
     """End a pause. The time of the pause does not count against the step's."""
-    _ask("resume", folder, by, timeout_s, json_output)
+    _ask("resume", folder, by, timeout_s, json_output, context=context, namespace=namespace)
 
 
 @app.command()
-def approve(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
-            json_output: JsonOption = False) -> None:  # fmt: skip
+def approve(
+    folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S, context: ContextOption = None,
+    namespace: NamespaceOption = None, json_output: JsonOption = False,
+) -> None:  # fmt: skip
     """Let the step begin that waits for approval; no later one."""
-    _ask("approve", folder, by, timeout_s, json_output)
+    _ask("approve", folder, by, timeout_s, json_output, context=context, namespace=namespace)
 
 
 @app.command()
-def promote(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
-            json_output: JsonOption = False) -> None:  # fmt: skip
+def promote(
+    folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S, context: ContextOption = None,
+    namespace: NamespaceOption = None, json_output: JsonOption = False,
+) -> None:  # fmt: skip
     """Go to the last step now, whatever the evidence says so far. One shown to be worse is still rolled back."""
-    _ask("promote", folder, by, timeout_s, json_output)
+    _ask("promote", folder, by, timeout_s, json_output, context=context, namespace=namespace)
 
 
 @app.command()
 def abort(folder: FolderArgument, by: ByOption = None, timeout_s: TimeoutOption = _ENGINE_S,
-          target: TargetOption = None, json_output: JsonOption = False) -> None:  # fmt: skip
+          target: TargetOption = None, context: ContextOption = None, namespace: NamespaceOption = None,
+          json_output: JsonOption = False) -> None:  # fmt: skip
     """Return all traffic to the old version. Where no engine runs, this one does it (--target)."""
-    _ask("abort", folder, by, timeout_s, json_output, target)
+    _ask("abort", folder, by, timeout_s, json_output, target, context=context, namespace=namespace)
 
 
 def _ask(
-    verb: str, folder: Path, by: str | None, timeout_s: float, json_output: bool, target: Path | None = None
-) -> None:
+    verb: str, folder: Path, by: str | None, timeout_s: float, json_output: bool, target: Path | None = None, *,
+    context: str | None = None, namespace: str | None = None,
+) -> None:  # fmt: skip
+    if context is not None:
+        _ask_on_cluster(verb, str(folder), by, timeout_s, json_output, context, namespace)
+        return
     from endcap.cli.standing import read_standing
     from serving.rollout.commands import ask, engine_runs
     from serving.rollout.events import Command
@@ -429,6 +475,60 @@ def _who() -> str:
     except (KeyError, OSError, ImportError):
         user = f"uid {os.getuid()}"
     return f"{user}@{socket.gethostname()}"[:200]
+
+
+# ---- on a cluster ------------------------------------------------------------------------------------
+
+
+def _start_on_cluster(file: Path, objectives: Path | None, context: str, namespace: str | None, as_json: bool) -> None:
+    from endcap.cli.cluster import answer, open_namespace
+
+    console, there = Console(json_output=as_json), open_namespace(context, namespace)
+    name = there.apply(file, objectives)
+    console.say(f"  rollout {there.namespace}/{name}: its operator drives it; Ctrl-C only stops following", style="dim")
+    found = there.follow(console, name)
+    console.result(answer(found))
+    _promoted_or_not(console, found)
+
+
+def _status_on_cluster(name: str, watch: bool, context: str, namespace: str | None, as_json: bool) -> None:
+    from endcap.cli.cluster import answer, open_namespace, page_of
+
+    console, there = Console(json_output=as_json), open_namespace(context, namespace)
+    found = there.follow(console, name) if watch else there.get(name)
+    if not watch:
+        console.page(page_of(found, time.time()))
+    console.result(answer(found))
+    if watch:
+        _promoted_or_not(console, found)
+
+
+def _history_on_cluster(name: str, context: str, namespace: str | None, as_json: bool) -> None:
+    from endcap.cli.cluster import answer, history_rows, open_namespace
+
+    console = Console(json_output=as_json)
+    found = open_namespace(context, namespace).get(name)
+    console.table(["seq", "at (UTC)", "step", "share", "what happened", "verdict", "by", "reason"], history_rows(found))
+    console.result(list(answer(found).get("history", [])))
+
+
+def _ask_on_cluster(
+    verb: str, name: str, by: str | None, timeout_s: float, as_json: bool, context: str, namespace: str | None
+) -> None:
+    from endcap.cli.cluster import answer, open_namespace, page_of
+    from serving.rollout.events import Command
+
+    console = Console(json_output=as_json)
+    found = open_namespace(context, namespace).ask(name, Command(verb), by or _who(), timeout_s)
+    console.page(page_of(found, time.time()))
+    console.result(answer(found))
+
+
+def _promoted_or_not(console: Console, found: Mapping[str, Any]) -> None:
+    status = found["status"]
+    if status.get("outcome") != "promoted":
+        raise OutcomeError(str(status.get("message")) + (f": {status['reason']}" if status.get("reason") else ""))
+    console.good(f"version {status['canary']} was promoted: {status.get('reason')}")
 
 
 app.command()(simulate)

@@ -109,6 +109,10 @@ class Conductor:
             for claim in [claim for claim, holder in self._claims.items() if holder == key]:
                 del self._claims[claim]
 
+    @property
+    def drives(self) -> bool:
+        return self._fence is not None
+
     def phases(self) -> dict[str, int]:
         found: dict[str, int] = {}
         with self._changed:

@@ -338,6 +338,7 @@ def _rollout_status() -> Schema:
             "next": {"type": "string", "description": "What a person may do now; empty where there is nothing to do."},
             "phase": text, "step": text, "share": text,
             "verdict": {"type": "string", "description": "pass, fail or inconclusive; once decided, the outcome."},
+            "approval": {**counted, "description": "The step that waits for a person's approval."},
             "outcome": text, "reason": text, "waiting": text, "stable": text, "canary": text,
             "startedAt": when, "endedAt": when,
             "lastLookAt": {**when, "description": "Of the last look when this was written, which is not at each look."},

@@ -81,6 +81,8 @@ class Operator:
         now_s = time.monotonic()
         if now_s - self.leadership.beat_s > _SILENT_S + self.settings.lease_s:
             return "the lease is not tried any more"
+        if self.conductor.drives and now_s - self.conductor.beat_s > _SILENT_S:
+            return "nobody looks who is due any more"
         return None
 
     def tell_phases(self) -> None:

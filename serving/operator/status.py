@@ -59,7 +59,7 @@ def status_of(checkpoint: Checkpoint, rollout: str) -> Json:
         "step": f"{state.step + 1}/{len(spec.steps)}", "share": "0%" if share is None else f"{share:.0%}",
         "verdict": str(state.outcome or seen.get("verdict") or "inconclusive"),
         "outcome": None if state.outcome is None else state.outcome.value, "reason": state.reason,
-        "waiting": state.waiting, "stable": state.stable, "canary": state.canary,
+        "waiting": state.waiting, "approval": step_waiting(spec, state), "stable": state.stable, "canary": state.canary,
         "startedAt": stamp(state.started_at_s),
         "endedAt": None if state.ended_at_s is None else stamp(state.ended_at_s),
         "lastLookAt": _time(checkpoint.sight.get("looked_at_s")), "looks": _looks(checkpoint.sight),

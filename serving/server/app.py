@@ -353,12 +353,14 @@ class ServerApp:
             await self._send(send, 503, oip.error_text(NotReadyError("the model is being verified and loaded")))
         elif path == "/openapi.json":
             await self._send(send, 200, await self._description.text(service.manifest))
-        elif (
-            found := tensor_routes.look(path, service.manifest, version=self._replica.version, ready=ready)
-        ) is not None:
-            await self._send(send, found.status, found.body)
         else:
-            await self._send(send, 404, oip.error_text(InputError("no such path", where=path[:_MAX_SAID])))
+            try:
+                found = tensor_routes.look(path, service.manifest, version=self._replica.version, ready=ready)
+                if found is None:
+                    raise UnknownModelError("no such path", where=path[:_MAX_SAID])
+                await self._send(send, found.status, found.body)
+            except UnknownModelError as error:
+                await self._send(send, 404, oip.error_text(error))
 
     @staticmethod
     def _error(route: str, error: EndcapError) -> bytes:

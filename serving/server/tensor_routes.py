@@ -5,6 +5,7 @@ about the model. The codecs are pure and elsewhere; here they meet the service.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from serving.server.service import Service
 
 if TYPE_CHECKING:
     from serving.server.app import Asked
+
+_ABOUT = re.compile(r"/v[12]/models/([^/]+)(?:/versions/([^/]+))?(?:/ready)?")
 
 __all__ = ["ROUTES", "Answer", "Description", "ask", "look", "route_of"]
 
@@ -65,7 +68,13 @@ async def ask(route: str, service: Service, scope: Scope, body: bytes, asked: As
 
 
 def look(path: str, manifest: Manifest, *, version: str, ready: bool) -> Answer | None:
-    """The answer to a GET about the loaded model; None: not a path of these."""
+    """The answer to a GET about the loaded model; None: not a path of these.
+
+    Raises:
+        UnknownModelError: of another model, or another version of it.
+    """
+    if (asked := _ABOUT.fullmatch(path)) is not None:
+        oip.check_model(asked[1], asked[2] or "", manifest, version)
     name = manifest.name
     if path in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{version}"):
         return Answer(oip.metadata(manifest, version=version))

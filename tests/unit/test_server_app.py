@@ -155,6 +155,14 @@ def test_open_inference_protocol(client: AsgiClient) -> None:
     assert client.get("/v2/models/recommender").json["inputs"][0]["datatype"] == "INT64"
     assert client.get("/v2/models/recommender/ready").status == 200
     assert client.get("/v2/models/recommender/versions/7/ready").status == 200
+    for path, field in (
+        ("/v2/models/recommender/versions/8", "version"),
+        ("/v2/models/recommender/versions/8/ready", "version"),
+        ("/v2/models/other", "model"),
+        ("/v1/models/other", "model"),
+    ):
+        answer = client.get(path)
+        assert (answer.status, answer.json["error"].partition(":")[0]) == (404, field), path
     assert client.get("/v2/models/other").status == 404
     assert client.post("/v2/models/other/infer", b"{}").status == 404
     answer = infer(client, [[0, 1], [2, 3]], [2, 2])

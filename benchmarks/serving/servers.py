@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from endcap.errors import OutcomeError
 from endcap.files import write_json
 from endcap.processes import free_port, last_line, spawn, stop
 
-__all__ = ["ENDCAP", "KSERVE", "MLSERVER", "Running", "memory_mb", "serve"]
+__all__ = ["ENDCAP", "KSERVE", "MLSERVER", "Running", "cpu_s", "memory_mb", "serve"]
 
 ENDCAP, KSERVE, MLSERVER = "endcap", "kserve", "mlserver"
 _PEERS = Path(__file__).parent / "peers"
@@ -107,3 +108,9 @@ def memory_mb(process: subprocess.Popen[bytes]) -> float:
     """Resident memory of the process, in 10^6 bytes."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * 4096 / 1e6
+
+
+def cpu_s(process: subprocess.Popen[bytes]) -> float:
+    """Processor time that the process has had, user's and system's: what others on the machine leave it or not."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -69,14 +69,16 @@ def test_one_odd_sample_does_not_move_the_slope() -> None:
 def test_a_soak_is_judged_by_growth_drift_and_failures() -> None:
     at_s = [60.0 * minute for minute in range(1, 31)]
     even, quick = [150.0] * 30, [1.0] * 30
-    assert judge(at_s, even, quick, 0)["verdict"] == "pass"
-    assert judge(at_s, [150.0 + minute for minute in range(30)], quick, 0)["verdict"] == "fail"
-    assert judge(at_s, even, [1.0 + minute / 20 for minute in range(30)], 0)["verdict"] == "fail"
-    assert judge(at_s, even, quick, 1)["verdict"] == "fail"
-    assert judge(at_s[:3], even[:3], quick[:3], 0)["verdict"] == "inconclusive"
+    slower = [1.0 + minute / 20 for minute in range(30)]
+    assert judge(at_s, even, quick, 0, quick)["verdict"] == "pass"
+    assert judge(at_s, [150.0 + minute for minute in range(30)], quick, 0, quick)["verdict"] == "fail"
+    assert judge(at_s, even, slower, 0, slower)["verdict"] == "fail"
+    assert judge(at_s, even, slower, 0, quick)["verdict"] == "inconclusive"  # the machine's doing
+    assert judge(at_s, even, quick, 1, quick)["verdict"] == "fail"
+    assert judge(at_s[:3], even[:3], quick[:3], 0, quick[:3])["verdict"] == "inconclusive"
     growing = [150.0 + second for second in range(30)]
-    assert judge([float(second) for second in range(30)], growing, quick, 0)["verdict"] == "inconclusive"
-    assert judge([], [], [], 0)["verdict"] == "inconclusive"
+    assert judge([float(second) for second in range(30)], growing, quick, 0, quick)["verdict"] == "inconclusive"
+    assert judge([], [], [], 0, [])["verdict"] == "inconclusive"
 
 
 @pytest.mark.parametrize("name", [SASREC, HEAVY])

@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Generic, TypeVar
 
 from serving.server.overload import CostModel, Pace
@@ -21,6 +22,8 @@ __all__ = ["Entry", "Limits", "Priority", "Run", "Waiting"]
 
 _FREE_PADDING = 256
 """Tokens of padding that a batch may hold in any case; beyond them at most a third of it may be padding."""
+_AHEAD = 2
+"""Batches of the largest size: of so many requests those that are nearest in length go together."""
 _RUN_SHARE = 0.25
 """Of the time that a request has, one run may take so much; the rest is for waiting."""
 _MEAN_SHARE = 0.05
@@ -216,62 +219,84 @@ class Waiting(Generic[E]):
     def take(self, now_s: float, late: Callable[[E], None], *, most_s: float = math.inf) -> Run[E] | None:
         """The next run, which begins now. None: nobody waits, or the next request alone would take over ``most_s``.
 
-        Shoppers first, in order of arrival; requests that do not fit the first one's keep their place. ``late`` is
-        told of those that cannot be answered in time any more.
+        Shoppers first, and who came first is always in it; with them go, of those who came next, the ones that are
+        nearest in length, because what is padded is worked on too. ``late`` is told of those who stood first and cannot
+        be answered in time any more.
         """
         queue = self.next_queue
-        limits, cost, times = self._limits, self._cost, self._pace.times
-        bounded = most_s < math.inf
-        chosen: list[E] = []
-        passed: list[E] = []
-        rows = tokens = own_tokens = longest = 0
-        run_s = 0.0
-        run_most_s = math.inf
-        enough, usual_s = (math.inf, 0.0) if bounded else self._usual(queue)
-        while queue:
-            entry = queue.popleft()
-            left_s = entry.deadline_s - now_s
-            if entry.gone or left_s <= 0 or (left_s < _DOOMED_SHARE * usual_s and queue and not entry.alone):
-                self._tokens[entry.priority] -= entry.tokens
-                if not entry.gone:
-                    late(entry)
-                continue
-            extent = entry.extent
-            new_longest = max(longest, extent.length)
-            new_tokens = (rows + extent.rows) * new_longest
-            new_own = own_tokens + extent.rows * extent.length
-            new_run_s = cost.expect_s(new_tokens)
-            if bounded and (entry.threaded or new_run_s > most_s):
-                passed.append(entry)
-                break
-            if chosen:
-                if new_run_s > run_s and (new_tokens > enough or times * new_run_s > min(run_most_s, left_s)):
-                    passed.append(entry)
-                    break
-                if not (
-                    extent.key == chosen[0].extent.key
-                    and rows + extent.rows <= limits.max_rows
-                    and new_tokens <= limits.max_tokens
-                    and new_tokens <= max(1.5 * new_own, new_own + _FREE_PADDING)
-                    and not entry.alone
-                ):
-                    passed.append(entry)
-                    if rows >= limits.max_rows:
-                        break
-                    continue
-            self._tokens[entry.priority] -= entry.tokens
-            chosen.append(entry)
-            rows, tokens, own_tokens, longest, run_s = rows + extent.rows, new_tokens, new_own, new_longest, new_run_s
-            run_most_s = min(run_most_s, left_s, _RUN_SHARE * entry.limit_s)
-            if entry.alone or not self._joinable:
-                break
-        queue.extendleft(reversed(passed))
-        if not chosen:
+        here = most_s < math.inf  # on the event loop: too short to look at the clock for
+        enough, usual_s = (math.inf, 0.0) if here else self._usual(queue)
+        first = self._first(queue, now_s, _DOOMED_SHARE * usual_s, late)
+        if first is None or (here and (first.threaded or self._cost.expect_s(first.tokens) > most_s)):
             return None
-        run = Run(chosen, tokens, cost.expect_s(tokens), now_s if self._idle else self._ended_s)
+        chosen, tokens = [first], first.tokens
+        if len(queue) > 1 and self._joinable and not first.alone:
+            chosen, tokens = self._joined(first, queue, now_s, enough, usual_s, most_s)
+        if len(chosen) == len(queue):
+            queue.clear()
+        elif len(chosen) == 1:
+            queue.popleft()
+        else:
+            taken = set(map(id, chosen))
+            rest = [entry for entry in queue if id(entry) not in taken]
+            queue.clear()
+            queue.extend(rest)
+        for entry in chosen:
+            self._tokens[entry.priority] -= entry.tokens
+        run = Run(chosen, tokens, self._cost.expect_s(tokens), now_s if self._idle else self._ended_s)
         self._idle = False
         self._runs.add(run)
         return run
+
+    def _first(self, queue: deque[E], now_s: float, doomed_s: float, late: Callable[[E], None]) -> E | None:
+        """Who stands first and can be answered. The last one is tried anyway: only runs teach what they take."""
+        while queue:
+            entry = queue[0]
+            left_s = entry.deadline_s - now_s
+            if not entry.gone and left_s > 0 and (left_s >= doomed_s or len(queue) == 1 or entry.alone):
+                return entry
+            queue.popleft()
+            self._tokens[entry.priority] -= entry.tokens
+            if not entry.gone:
+                late(entry)
+        return None
+
+    def _joined(self, first: E, queue: deque[E], now_s: float, enough: float, usual_s: float,
+                most_s: float) -> tuple[list[E], int]:  # fmt: skip
+        """``first`` and those that go with it, and their tokens."""
+        limits, cost, times = self._limits, self._cost, self._pace.times
+        here = most_s < math.inf
+        key, length = first.extent.key, first.extent.length
+        left_s = first.deadline_s - now_s
+        run_most_s = min(left_s, _RUN_SHARE * first.limit_s)
+        chosen, rows, longest, own, tokens = [first], first.extent.rows, length, first.tokens, first.tokens
+        run_s = cost.expect_s(tokens)
+        ahead = islice(queue, 1, 1 + _AHEAD * limits.max_rows)
+        for entry in sorted(ahead, key=lambda one: abs(one.extent.length - length)):
+            extent = entry.extent
+            left_s = entry.deadline_s - now_s
+            if entry.gone or left_s <= _DOOMED_SHARE * usual_s or entry.alone or extent.key != key:
+                continue
+            new_longest = max(longest, extent.length)
+            new_tokens, new_own = (rows + extent.rows) * new_longest, own + entry.tokens
+            new_run_s = cost.expect_s(new_tokens)
+            if here:
+                if entry.threaded or new_run_s > most_s:
+                    break
+            elif new_run_s > run_s and (new_tokens > enough or times * new_run_s > min(run_most_s, left_s)):
+                break
+            if (
+                rows + extent.rows > limits.max_rows
+                or new_tokens > limits.max_tokens
+                or new_tokens > max(1.5 * new_own, new_own + _FREE_PADDING)
+            ):
+                if rows >= limits.max_rows:
+                    break
+                continue
+            chosen.append(entry)
+            rows, longest, own, tokens, run_s = rows + extent.rows, new_longest, new_own, new_tokens, new_run_s
+            run_most_s = min(run_most_s, left_s, _RUN_SHARE * entry.limit_s)
+        return chosen, tokens
 
     def ended(self, run: Run[E], now_s: float, *, answered: bool) -> None:
         """A run is over. How long one took that gave no answers says at least that it was not quicker."""

@@ -29,6 +29,7 @@ _CONNECTIONS = 32
 _P99_CONNECTIONS = 128
 _BATCH = 32
 _OVERLOAD_CONNECTIONS = 512
+_PEAK_CONNECTIONS = 128
 _PATIENT = ("--timeout-s", "30")
 """Who asks for a rate has no deadline: nothing is to be turned away, however little of its core a server gets."""
 _IN_TIME_MS = 1000.0
@@ -207,9 +208,10 @@ def overload(bench: Bench) -> Part:
     """The heavy model offered three times its saturation rate."""
     made = bench.heavy()
     bodies = bench.bodies(made)
+    peaks = _peaks(bench, made, bodies)
+    peak = statistics.median(one.a_second for one in peaks)
     with bench.serve(ENDCAP, made) as running:
-        peaks = [_good_rate(bench, running, bodies) for _ in range(bench.repeats)]
-        peak = statistics.median(one.a_second for one in peaks)
+        _good_rate(bench, running, bodies)
         before, used_s = memory_mb(running.process), cpu_s(running.process)
         found = bench.client.load(running.http, running.infer_path, bodies, connections=_OVERLOAD_CONNECTIONS,
                                   seconds=bench.overload_s, rate=3 * peak, warm=1.0,
@@ -217,7 +219,8 @@ def overload(bench: Bench) -> Part:
         used_s = (cpu_s(running.process) - used_s) * bench.overload_s / (bench.overload_s + 1.0)
         running.check_alive()
         after = memory_mb(running.process)
-        peaks += [_good_rate(bench, running, bodies) for _ in range(bench.repeats)]
+        later = _good_rate(bench, running, bodies)
+    peaks += _peaks(bench, made, bodies)
     peak = statistics.median(one.a_second for one in peaks)
     peak_by_cpu = statistics.median(one.a_cpu_second for one in peaks)
     share, by_cpu = found["good_rps"] / peak, found["good"] / used_s / peak_by_cpu
@@ -233,19 +236,23 @@ def overload(bench: Bench) -> Part:
             "in_time_ms": _IN_TIME_MS, "late": found["late"], "refused_p99_ms": found["refused"]["p99_ms"],
             "answered_p99_ms": found["answered"]["p99_ms"],
             "refused_ms": found["refused"], "sent_behind_ms": found["sent_behind"], "statuses": found["statuses"],
-            "failures": found["failures"], "rss_before_mb": before, "rss_after_mb": after,
+            "failures": found["failures"], "rss_before_mb": before, "rss_after_mb": after, "rps_after": later,
             "good_each_second": found["good_each_second"],
         },
     }  # fmt: skip
 
 
-def _good_rate(bench: Bench, running: Running, bodies: Path) -> Rate:
-    """Good answers of a full server, which may turn requests away."""
-    used_s = cpu_s(running.process)
-    found = bench.client.load(running.http, running.infer_path, bodies, connections=64, seconds=bench.seconds,
-                              in_time_ms=_IN_TIME_MS)  # fmt: skip
-    used_s = (cpu_s(running.process) - used_s) * bench.seconds / (bench.seconds + 0.5)
-    return Rate(float(found["good_rps"]), found["good"] / used_s if used_s else 0.0)
+def _peaks(bench: Bench, made: Made, bodies: Path) -> list[Rate]:
+    """The most that it answers: nobody has a deadline or is turned away, and batches are never short of requests."""
+    with bench.serve(ENDCAP, made, *_PATIENT) as running:
+        return [bench.closed(running, bodies, connections=_PEAK_CONNECTIONS, warm=1.0) for _ in range(bench.repeats)]
+
+
+def _good_rate(bench: Bench, running: Running, bodies: Path) -> float:
+    """Good answers a second to askers with a deadline, of a server that may turn them away."""
+    found = bench.client.load(running.http, running.infer_path, bodies, connections=_CONNECTIONS,
+                              seconds=bench.seconds, in_time_ms=_IN_TIME_MS)  # fmt: skip
+    return float(found["good_rps"])
 
 
 PARTS: Mapping[str, Callable[[Bench], Part]] = {

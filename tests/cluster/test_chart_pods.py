@@ -96,8 +96,8 @@ def test_operator_and_collector_run_restricted_and_what_shoppers_did_is_kept(
         access.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
         settings = values(f"images.server={name}", f"images.controller={controller}", f"images.tag={tag}", storage,
                           "operator.replicas=2", "collector.windowSeconds=1")  # fmt: skip
-        helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings)
         try:
+            helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings)
             assert "Phase:          Succeeded" in helm(access, "test", RELEASE, "--namespace", namespace)
             lease = access.get("lease", "endcap-operator", "--namespace", namespace)["spec"]
             pods = access.get("pods", "--namespace", namespace, "-l", "app.kubernetes.io/name=endcap-operator")["items"]

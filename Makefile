@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak clean
+.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,10 @@ bench-operator: setup ## a thousand rollouts in one operator beside Argo Rollout
 SECONDS ?= 1800
 soak: setup ## memory slope and latency drift of a model server over half an hour (SECONDS=..; needs Go)
 	@$(BIN)/python -m benchmarks.serving --soak-s $(SECONDS)
+
+REQUESTS ?= 100000
+fuzz: setup ## fuzzed requests at the model server: no 500, no hang, memory level (REQUESTS=..; about half an hour)
+	@$(BIN)/python -m tests.fuzz --requests $(REQUESTS)
 
 clean: ## remove what the runs left (keeps the environment)
 	rm -rf out build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,8 +66,9 @@ def _encoder() -> Parts:
     """The sum of the embeddings of the tokens under the mask."""
     node = helper.make_node
     return (
-        tuple(TensorSpec(name=name, datatype="INT64", shape=(-1, -1), axes=_LENGTH, padding="right")
-              for name in ("input_ids", "attention_mask")),
+        tuple(TensorSpec(name=name, datatype="INT64", shape=(-1, -1), axes=_LENGTH, padding="right", minimum=0,
+                         maximum=most)
+              for name, most in (("input_ids", 9), ("attention_mask", 1))),
         (TensorSpec(name="embedding", datatype="FP32", shape=(-1, 4)),),
         [
             node("Gather", ["table", "input_ids"], ["each"]),

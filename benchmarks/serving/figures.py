@@ -48,6 +48,8 @@ def shortfalls(document: Document) -> list[str]:
             wrong.append(f"refusals' p99 is {overload['refused_p99_ms']:.0f} ms, must be at most 50")
         if overload["failures"]:
             wrong.append(f"{overload['failures']} requests had no answer under overload")
+    if (fuzzed := document.get("fuzzed")) is not None and (fuzzed["status_5xx"] or fuzzed["hangs"]):
+        wrong.append(f"fuzzed: {fuzzed['status_5xx']} answers of 500 and {fuzzed['hangs']} hangs, must be none")
     return wrong
 
 
@@ -86,4 +88,8 @@ def table(document: Document) -> str:
             lines.append(f"| {what} | {document[key]:.2f} | | |")
     if "overload" in document:
         lines.append(f"| refusals' p99 under that, ms | {document['overload']['refused_p99_ms']:.0f} | | |")
+    if "fuzzed" in document:
+        fuzzed = document["fuzzed"]
+        lines.append(f"| of {fuzzed['requests']:,} fuzzed requests: answers of 500, hangs | {fuzzed['status_5xx']}, "
+                     f"{fuzzed['hangs']} | | |")  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -636,6 +636,9 @@ class Connection(asyncio.Protocol):
     def _ended_all(self) -> None:
         if self._draining and not self._streams and not self._leaving:
             self._leaving = True
+            if self._half_closed:
+                self._transport.close()
+                return
             # What the peer has sent before it read GOAWAY must be read, or closing would reset the connection and take
             # the last answers with it.
             self._loop.call_later(LINGER_S, self._transport.close)

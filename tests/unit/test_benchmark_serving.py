@@ -21,6 +21,7 @@ def measured(**changes: Any) -> dict[str, Any]:
         "one_row_http": {**rates, "p99_ms": {"endcap": 5.0, "kserve": 90.0, "mlserver": 80.0}, "p99_rate": 300.0},
         "one_row_grpc": rates, "heavy_share_of_ort": 0.95, "cache_ratio": 9.0, "ready_s": 1.2, "rss_mb": 150.0,
         "overload_goodput_share": 0.95, "overload": {"refused_p99_ms": 20.0, "failures": 0},
+        "fuzzed": {"requests": 100_000, "status_5xx": 0, "hangs": 0},
     } | changes  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def test_figures_that_reach_everything_have_no_shortfall() -> None:
         ({"overload_goodput_share": 0.8}, "overload_goodput_share"),
         ({"overload": {"refused_p99_ms": 51.0, "failures": 0}}, "refusals"),
         ({"overload": {"refused_p99_ms": 5.0, "failures": 1}}, "no answer"),
+        ({"fuzzed": {"requests": 9, "status_5xx": 0, "hangs": 1}}, "hangs"),
         ({"one_row_grpc": {"endcap_rps": 599.0, "kserve_rps": 400.0, "mlserver_rps": 300.0}}, "kserve"),
     ],
 )

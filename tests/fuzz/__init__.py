@@ -1,0 +1,1 @@
+"""The model server under requests that mean no good: see ``python -m tests.fuzz --help``."""

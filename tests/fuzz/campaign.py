@@ -140,7 +140,7 @@ def _wait_until_ready(server: Server) -> None:
         try:
             if client.ask(ask).status == 200 and "grpc: port" in server.log.read_text():
                 return
-        except (OSError, EOFError):
+        except (HangError, OSError, EOFError):
             pass
         finally:
             client.close()

@@ -66,6 +66,20 @@ def classifier(folder: Path) -> Iterator[tuple[Subject, Server]]:
         yield subject, server
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[HttpClient]:
+    client = HttpClient(server.http)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def caller(server: Server) -> Iterator[GrpcClient]:
+    caller = GrpcClient(server.grpc)
+    yield caller
+    caller.close()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def slow(server: Server, subject: Subject) -> Iterator[Slow]:
     whole = http_request(V2, orjson.dumps(subject.good[V2]))
@@ -142,7 +156,7 @@ HTTP: dict[str, tuple[str, bytes, tuple[tuple[str, str], ...], int, str]] = {
     "v2 infinity": (V2, v2(data=[[1, 2], [3, float("inf")]]), NOTHING, 400, "body"),
     "v2 beyond the item table": (V2, v2(data=[[1, 2], [3, 51]]), NOTHING, 400, "inputs.history.data"),
     "v2 below the item table": (V2, v2(data=[[1, 2], [3, -1]]), NOTHING, 400, "inputs.history.data"),
-    "v2 input twice": (V2, v2()[:-2] + b"," + v2()[11:], NOTHING, 400, "inputs.1"),
+    "v2 input twice": (V2, v2()[:-2] + b"," + v2()[12:], NOTHING, 400, "inputs.1"),
     "v2 empty batch": (V2, v2(shape=[0, 2], data=[]), NOTHING, 400, "inputs.history.shape"),
     "v2 no inputs": (V2, b'{"inputs":[]}', NOTHING, 400, "inputs"),
     "v2 many rows": (V2, v2(shape=[65, 1], data=[[1]] * 65), NOTHING, 400, "inputs.history.shape"),
@@ -203,8 +217,7 @@ HTTP: dict[str, tuple[str, bytes, tuple[tuple[str, str], ...], int, str]] = {
 }  # fmt: skip
 
 
-def test_over_http_what_is_refused_is_named_and_the_connection_goes_on(server: Server, subject: Subject) -> None:
-    client = HttpClient(server.http)
+def test_over_http_what_is_refused_is_named_and_the_connection_goes_on(client: HttpClient, subject: Subject) -> None:
     good = [http_request(path, orjson.dumps(body)) for path, body in subject.good.items()]
     wrong = []
     for number, (name, (path, body, headers, status, field)) in enumerate(HTTP.items()):
@@ -216,11 +229,9 @@ def test_over_http_what_is_refused_is_named_and_the_connection_goes_on(server: S
             wrong.append((f"after {name}", again.status, again.text))
     assert wrong == []
     assert client.connections == 1
-    client.close()
 
 
-def test_a_body_in_chunks_is_refused_alike(server: Server, subject: Subject) -> None:
-    client = HttpClient(server.http)
+def test_a_body_in_chunks_is_refused_alike(client: HttpClient, subject: Subject) -> None:
     head = f"POST {V2} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     body = v2(name="x")
     answer = client.ask(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
@@ -230,7 +241,6 @@ def test_a_body_in_chunks_is_refused_alike(server: Server, subject: Subject) -> 
     assert (answer.status, field_of(answer)) == (413, "body")
     assert client.ask(http_request(V2, orjson.dumps(subject.good[V2]))).status == 200
     assert client.connections == 1
-    client.close()
 
 
 def test_what_json_has_no_number_for_is_refused_of_floats(classifier: tuple[Subject, Server]) -> None:
@@ -308,27 +318,23 @@ GRPC: dict[str, tuple[bytes, int, str]] = {
 }  # fmt: skip
 
 
-def test_over_grpc_what_is_refused_is_named_and_the_connection_goes_on(server: Server, subject: Subject) -> None:
-    client = GrpcClient(server.grpc)
+def test_over_grpc_what_is_refused_is_named_and_the_connection_goes_on(caller: GrpcClient, subject: Subject) -> None:
     wrong = []
     for name, (body, status, field) in GRPC.items():
-        answer = client.call(GRPC_INFER, body)
+        answer = caller.call(GRPC_INFER, body)
         if answer.grpc is None or (answer.grpc, field_of(answer)) != (status, field):
             wrong.append((name, answer))
-        again = client.call(GRPC_INFER, message_of(subject.message))
+        again = caller.call(GRPC_INFER, message_of(subject.message))
         if again.grpc != 0:
             wrong.append((f"after {name}", again))
     assert wrong == []
-    assert client.connections == 1
-    client.close()
+    assert caller.connections == 1
 
 
-def test_duplicate_items_of_a_history_are_no_fault(server: Server) -> None:
-    client = HttpClient(server.http)
+def test_duplicate_items_of_a_history_are_no_fault(client: HttpClient) -> None:
     answer = client.ask(http_request(RECOMMEND, recommend(history=["104", "104", "no such item"])))
     assert answer.status == 200
     assert "104" not in orjson.loads(answer.body)["items"]
-    client.close()
 
 
 def test_half_closed_connections_are_answered_and_ended(server: Server, subject: Subject) -> None:
@@ -345,13 +351,11 @@ def test_half_closed_connections_are_answered_and_ended(server: Server, subject:
     assert exchange(server.grpc, [begin + frame(http2.DATA, 0, 1, body[:-1])], ending="half").startswith(b"\0\0")
 
 
-def test_a_client_that_would_rather_speak_http_2_is_answered(server: Server, subject: Subject) -> None:
-    client = HttpClient(server.http)
+def test_a_client_that_would_rather_speak_http_2_is_answered(client: HttpClient, subject: Subject) -> None:
     wish = (("Connection", "Upgrade, HTTP2-Settings"), ("Upgrade", "h2c"), ("HTTP2-Settings", "AAMAAABk"))
     for _ in range(3):
         assert client.ask(http_request(V2, orjson.dumps(subject.good[V2]), *wish)).status == 200
     assert client.connections == 1
-    client.close()
 
 
 def received(peer: socket.socket) -> bytes:

@@ -33,11 +33,15 @@ Parts = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Sequence[onnx.Node
 
 
 def make_task_package(folder: Path, task: Task, *, outputs: tuple[TensorSpec, ...] | None = None,
-                      table: np.ndarray | None = None) -> Path:  # fmt: skip
+                      table: np.ndarray | None = None, ranges: bool = False) -> Path:  # fmt: skip
     """Make, seal and sign the package of ``task``, named as its task; ``outputs`` replaces those of its manifest, and
-    ``table`` its embeddings [tokens, size]."""
+    ``table`` its embeddings [tokens, size]. ``ranges``: the encoder's manifest says what its tokens may be, so that
+    others are refused and do not fail in the graph."""
     folder.mkdir(parents=True, exist_ok=True)
     takes, gives, nodes, constants = _PARTS[task]()
+    if ranges and task is Task.ENCODER:
+        most = {"input_ids": len(EMBEDDINGS) - 1, "attention_mask": 1}
+        takes = tuple(spec.model_copy(update={"minimum": 0, "maximum": most[spec.name]}) for spec in takes)
     if table is not None:
         constants = {**constants, "table": table}
         gives = tuple(spec.model_copy(update={"shape": (*spec.shape[:-1], table.shape[1])}) for spec in gives)
@@ -66,9 +70,8 @@ def _encoder() -> Parts:
     """The sum of the embeddings of the tokens under the mask."""
     node = helper.make_node
     return (
-        tuple(TensorSpec(name=name, datatype="INT64", shape=(-1, -1), axes=_LENGTH, padding="right", minimum=0,
-                         maximum=most)
-              for name, most in (("input_ids", 9), ("attention_mask", 1))),
+        tuple(TensorSpec(name=name, datatype="INT64", shape=(-1, -1), axes=_LENGTH, padding="right")
+              for name in ("input_ids", "attention_mask")),
         (TensorSpec(name="embedding", datatype="FP32", shape=(-1, 4)),),
         [
             node("Gather", ["table", "input_ids"], ["each"]),

@@ -18,7 +18,7 @@ from benchmarks.command import ending
 from endcap.errors import OutcomeError
 from endcap.files import FolderLock, read_json, write_json
 from endcap.package import Task
-from tests.fuzz.campaign import Campaign, Findings, growth_mb, judge
+from tests.fuzz.campaign import Findings, again, campaign, growth_mb, judge
 
 SEED = 20_261_130
 
@@ -26,17 +26,15 @@ SEED = 20_261_130
 def main() -> None:
     with ending():
         given = _arguments()
-        found = Findings()
         work = given.out / "fuzz"
         work.mkdir(parents=True, exist_ok=True)
-        campaign = Campaign(work, seed=given.seed, found=found, say=_say)
         _say(f"seed {given.seed}")
         begun_s = time.monotonic()
         if given.again:
             task, kind, number = given.again.split(":")
-            campaign.again(Task(task), kind, int(number))
+            found = again(work, Task(task), kind, int(number), seed=given.seed)
         else:
-            campaign.run(given.requests)
+            found = campaign(work, given.requests, seed=given.seed, jobs=given.jobs, say=_say)
         wrong = judge(found)
         if not given.again:
             _keep(given.out, found, seed=given.seed, took_s=time.monotonic() - begun_s, wrong=wrong)
@@ -51,6 +49,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
+    parser.add_argument("--jobs", type=int, default=2, help="servers at a time, each with a client beside it")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="where serving.json is (out/bench)")
     parser.add_argument("--again", metavar="TASK:KIND:NUMBER", help="send this one request")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +26,12 @@ from tests.fuzz.mutations import changed_bytes, changed_json, grpc_frames, http_
 from tests.fuzz.packages import VERSION, Subject, make_subject
 from tests.fuzz.wire import GrpcClient, HangError, HttpClient, exchange, http_request
 
-__all__ = ["KINDS", "Campaign", "Findings", "Server", "judge", "served"]
+__all__ = ["KINDS", "Findings", "Server", "again", "campaign", "growth_mb", "judge", "served"]
 
 SHARES: dict[Task, float] = {
     Task.SESSION_RECOMMENDER: 0.4, Task.ENCODER: 0.15, Task.RANKER: 0.15, Task.CLASSIFIER: 0.15, Task.GENERATOR: 0.15,
 }  # fmt: skip
-KINDS: dict[str, float] = {"schema": 0.2, "json": 0.3, "http": 0.2, "call": 0.18, "frames": 0.12}
+KINDS: dict[str, float] = {"schema": 0.15, "json": 0.3, "http": 0.2, "call": 0.2, "frames": 0.15}
 """How much of all requests each kind is: schemathesis' own from the OpenAPI document; bodies made wrong; raw bytes at
 the HTTP port; gRPC calls made wrong; raw frames and bytes at the gRPC port."""
 
@@ -58,6 +60,18 @@ class Findings:
     def say(self, what: str) -> None:
         if len(self.problems) < 40:
             self.problems.append(what)
+
+    def add(self, other: Findings) -> None:
+        """What was found elsewhere too."""
+        self.requests += other.requests
+        self.answers += other.answers
+        self.status_5xx += other.status_5xx
+        self.hangs += other.hangs
+        self.unusable += other.unusable
+        self.undocumented += other.undocumented
+        for problem in other.problems:
+            self.say(problem)
+        self.rss_mb |= other.rss_mb
 
 
 def judge(found: Findings) -> list[str]:
@@ -148,39 +162,43 @@ def _wait_until_ready(server: Server) -> None:
     raise OutcomeError(f"the server did not start: {last_line(server.log)}", where=server.log)
 
 
-class Campaign:
-    """All requests follow from ``seed``, the task, the kind and their number."""
+def campaign(folder: Path, requests: int, *, seed: int, jobs: int, say: Callable[[str], None]) -> Findings:
+    """So many requests over all tasks and kinds, ``jobs`` tasks at a time, each with processes of its own.
 
-    def __init__(self, folder: Path, *, seed: int, found: Findings, say: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._seed = seed
-        self._found = found
-        self._say = say
+    All requests follow from ``seed``, the task, the kind and their number.
+    """
+    for task in SHARES:
+        make_subject(folder, task)  # here, one after the other: they share a signing key
+    found = Findings()
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = [pool.submit(_one_task, folder, task, round(requests * share), seed) for task, share in SHARES.items()]
+        for part in as_completed(parts):
+            told, more = part.result()
+            say(told)
+            found.add(more)
+    return found
 
-    def run(self, requests: int) -> None:
-        """So many requests over all tasks and kinds."""
-        for task, share in SHARES.items():
-            begun_s = time.monotonic()
-            before = self._found.requests.total()
-            subject = make_subject(self._folder, task)
-            with served(subject, self._folder) as server:
-                one = _Run(subject, server, self._seed, self._found)
-                one.run(round(requests * share))
-            self._say(f"{task.value}: {self._found.requests.total() - before} requests in "
-                      f"{time.monotonic() - begun_s:.0f} s, {self._memory(task)}")  # fmt: skip
 
-    def again(self, task: Task, kind: str, number: int) -> None:
-        """One request once more."""
-        subject = make_subject(self._folder, task)
-        with served(subject, self._folder) as server:
-            one = _Run(subject, server, self._seed, self._found)
-            one.send(kind, number)
-            one.end()
-            self._say(f"{dict(self._found.answers)}; log: {server.log}")
+def _one_task(folder: Path, task: Task, requests: int, seed: int) -> tuple[str, Findings]:
+    begun_s = time.monotonic()
+    found = Findings()
+    subject = make_subject(folder, task)
+    with served(subject, folder) as server:
+        _Run(subject, server, seed, found).run(requests)
+    samples = found.rss_mb[task.value]
+    return (f"{task.value}: {found.requests.total()} requests in {time.monotonic() - begun_s:.0f} s, memory "
+            f"{samples[0]:.0f} to {samples[-1]:.0f} MB (last two thirds {growth_mb(samples):+.1f})"), found  # fmt: skip
 
-    def _memory(self, task: Task) -> str:
-        samples = self._found.rss_mb[task.value]
-        return f"memory {samples[0]:.0f} to {samples[-1]:.0f} MB (last two thirds {growth_mb(samples):+.1f})"
+
+def again(folder: Path, task: Task, kind: str, number: int, *, seed: int) -> Findings:
+    """One request once more."""
+    found = Findings()
+    subject = make_subject(folder, task)
+    with served(subject, folder) as server:
+        one = _Run(subject, server, seed, found)
+        one.send(kind, number)
+        one.end()
+    return found
 
 
 class _Run:
@@ -226,26 +244,46 @@ class _Run:
             self._call.close()
         except (OSError, EOFError) as error:
             self._unusable(name, f"{type(error).__name__}: {error}")
-        if number % 50 == 0 or kind in ("http", "frames"):
+        if number % 50 == 0:
             self._look(name)
+        elif kind == "http":
+            self._good_http(HttpClient(self._server.http), name)
+        elif kind == "frames":
+            self._good_call(GrpcClient(self._server.grpc), name)
+        else:  # what is kept goes on: the next request of its kind is on the same connection
+            self._check_alive(name)
 
     def _look(self, name: str) -> None:
         """Good requests on new connections, and on those that are kept, are answered."""
+        for http, call in ((HttpClient(self._server.http), GrpcClient(self._server.grpc)), (self._http, self._call)):
+            self._good_http(http, name)
+            self._good_call(call, name)
+
+    def _good_http(self, client: HttpClient, name: str) -> None:
+        try:
+            answer = client.ask(self._good)
+            if answer.status != 200:
+                self._unusable(name, f"{answer.status} {answer.text[:200]}")
+        except (HangError, OSError, EOFError) as error:
+            self._check_alive(name)
+            self._unusable(name, f"{type(error).__name__}: {error}")
+        if client is not self._http:
+            client.close()
+
+    def _good_call(self, client: GrpcClient, name: str) -> None:
+        try:
+            answer = client.call(f"{_GRPC}ModelInfer", self._message)
+            if answer.grpc != 0:
+                self._unusable(name, f"gRPC {answer}")
+        except (HangError, OSError, EOFError) as error:
+            self._check_alive(name)
+            self._unusable(name, f"{type(error).__name__}: {error}")
+        if client is not self._call:
+            client.close()
+
+    def _check_alive(self, name: str) -> None:
         if not self._server.alive():
             raise OutcomeError(f"the server ended after {name}: {last_line(self._server.log)}", where=self._server.log)
-        for http, call in ((HttpClient(self._server.http), GrpcClient(self._server.grpc)), (self._http, self._call)):
-            try:
-                answer = http.ask(self._good)
-                if answer.status != 200:
-                    self._unusable(name, f"{answer.status} {answer.text[:200]}")
-                answer = call.call(f"{_GRPC}ModelInfer", self._message)
-                if answer.grpc != 0:
-                    self._unusable(name, f"gRPC {answer}")
-            except (HangError, OSError, EOFError) as error:
-                self._unusable(name, f"{type(error).__name__}: {error}")
-            if http is not self._http:
-                http.close()
-                call.close()
 
     def _unusable(self, name: str, what: str) -> None:
         self._found.unusable += 1

@@ -48,7 +48,7 @@ def make_subject(folder: Path, task: Task) -> Subject:
             }
             make_package(package, attributes=Attributes(items=items))
         else:
-            make_task_package(package, task)
+            make_task_package(package, task, ranges=True)
     manifest = read_manifest(package)
     arrays = {
         spec.name: np.ones(

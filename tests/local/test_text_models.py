@@ -5,7 +5,10 @@ Ranked are judged queries of Chorus where the data mirror has them, else a few o
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -24,7 +27,7 @@ from components.export.session import open_graph
 from components.text.judged import JudgedQuery, by_bm25, measure_ranking, read_judged
 from components.text.packages import TextPackage, TextParts, build_text_package
 from components.text.tokens import TOKENIZER_FILE, Tokens, encoder_inputs, ranker_inputs
-from endcap.package import Task, ensure_signing_key, verify_package
+from endcap.package import Task, ensure_signing_key, read_manifest, verify_package
 from endcap.processes import free_port
 from tests.process import Program, started
 
@@ -80,7 +83,18 @@ def made(folder: Path) -> dict[Task, TextPackage]:
                           longest=48)  # fmt: skip
         return build_text_package(folder / task.value, parts, key)
 
-    return {Task.RANKER: build(Task.RANKER, judged()), Task.ENCODER: build(Task.ENCODER, [])}
+    def by_command(task: Task) -> TextPackage:
+        argv = [
+            "-m", "endcap.cli", "model", "text", task.value, "--weights", str(weights), "--name", task.value,
+            "--out", str(folder / task.value), "--keys", str(folder / "keys"), "--longest", "48", "--json",
+        ]  # fmt: skip
+        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert (said["version"], said["ndcg_at_10"]) == (None, {})
+        return TextPackage(read_manifest(folder / task.value), said["parity"], {})
+
+    return {Task.RANKER: build(Task.RANKER, judged()), Task.ENCODER: by_command(Task.ENCODER)}
 
 
 @pytest.fixture(scope="module")

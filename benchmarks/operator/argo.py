@@ -6,6 +6,7 @@ process's, so the moment of a measurement is known exactly; that it is acknowled
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 
 from benchmarks.operator.measure import percentile, requests_served, rounded, watched
 from benchmarks.operator.ours import NAMESPACES, Asked, until
-from endcap.errors import InputError
+from endcap.errors import InputError, TargetError
 from serving.targets.kserve.cluster import Cluster
 
 __all__ = ["bench", "build", "crds"]
@@ -225,7 +226,9 @@ def _change(cluster: Cluster, names: dict[str, str]) -> None:
 
 def _phases(cluster: Cluster, phase: str) -> Any:
     def count() -> int:
-        found = cluster.items(f"{_GROUP}/rollouts") or []
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(TargetError):
+            found = cluster.items(f"{_GROUP}/rollouts", resourceVersion="0") or []
         return sum((one.get("status") or {}).get("phase") == phase for one in found)
 
     return count
@@ -235,9 +238,12 @@ def _missed(cluster: Cluster, bad: dict[str, str], asked: Asked) -> list[str]:
     """Those that had to be aborted and are not; and those that were and had not."""
 
     def wrong() -> list[str]:
-        found = {one["metadata"]["name"]: (one.get("status") or {}).get("phase", "?")
-                 for one in cluster.items(f"{_GROUP}/rollouts") or []}  # fmt: skip
-        return [f"{name}: {phase}" for name, phase in found.items() if (name in bad) != (phase == "Degraded")]
+        listed: list[dict[str, Any]] = []
+        with contextlib.suppress(TargetError):
+            listed = cluster.items(f"{_GROUP}/rollouts", resourceVersion="0") or []
+        found = {one["metadata"]["name"]: (one.get("status") or {}).get("phase", "?") for one in listed}
+        wrong = [f"{name}: {phase}" for name, phase in found.items() if (name in bad) != (phase == "Degraded")]
+        return wrong if found else ["not listed"]
 
     ends_s = time.monotonic() + 12 * asked.look_s
     while (missing := wrong()) and time.monotonic() < ends_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.operator.measure import percentile, requests_served, rounded, watched
-from endcap.errors import OutcomeError
+from endcap.errors import OutcomeError, TargetError
 from endcap.files import read_json_lines
 from serving.operator.objects import objectives_path, rollout_path
 from serving.targets.kserve.cluster import Cluster
@@ -133,7 +134,9 @@ def _create(cluster: Cluster, plans: dict[tuple[str, str], dict[str, Any]], aske
 
 
 def _statuses(cluster: Cluster) -> dict[tuple[str, str], dict[str, Any]]:
-    found = cluster.items("/apis/endcap.dev/v1alpha1/rollouts") or []
+    found: list[dict[str, Any]] = []
+    with contextlib.suppress(TargetError):  # a list of a thousand may take its time; it is asked for again
+        found = cluster.items("/apis/endcap.dev/v1alpha1/rollouts", resourceVersion="0") or []
     return {(one["metadata"]["namespace"], one["metadata"]["name"]): one.get("status") or {} for one in found}
 
 
@@ -165,4 +168,4 @@ def until(done: Callable[[], bool], within_s: float, what: str, process: subproc
             raise OutcomeError(f"the process ended with {process.returncode} before {what}")
         if time.monotonic() > ends_s:
             raise OutcomeError(f"not within {within_s:g} s: {what}")
-        time.sleep(1)
+        time.sleep(5)

@@ -24,6 +24,8 @@ _CRASHED_S = 30.0
 """After a fault of our own in a turn: the rollout is tried again then, the others go on."""
 _ENDS_S = 20.0
 """How long turns that are under way are waited for when this replica stops."""
+_OPENING = 8
+"""Rollouts that are begun or taken up at once: a thousand of them must not keep the API server from answering looks."""
 
 
 @dataclass
@@ -33,6 +35,13 @@ class _Entry:
     running: bool = False
     again: bool = False
     """Something happened while its turn was under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pools:
+    looks: ThreadPoolExecutor
+    acts: ThreadPoolExecutor
+    openings: ThreadPoolExecutor
 
 
 class Conductor:
@@ -56,7 +65,7 @@ class Conductor:
         self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._fence: int | None = None
-        self._threads: tuple[threading.Thread, ThreadPoolExecutor, ThreadPoolExecutor] | None = None
+        self._threads: tuple[threading.Thread, _Pools] | None = None
         self.beat_s = time.monotonic()
         """When it last looked who is due."""
 
@@ -126,10 +135,13 @@ class Conductor:
         """Drive all that is seen from now on."""
         with self._changed:
             self._fence = fence
-            fast = ThreadPoolExecutor(self._fast, thread_name_prefix="endcap-look")
-            slow = ThreadPoolExecutor(self._slow, thread_name_prefix="endcap-act")
-            thread = threading.Thread(target=self._run, args=(fast, slow), name="endcap-conductor", daemon=True)
-            self._threads = thread, fast, slow
+            pools = _Pools(
+                ThreadPoolExecutor(self._fast, thread_name_prefix="endcap-look"),
+                ThreadPoolExecutor(self._slow, thread_name_prefix="endcap-act"),
+                ThreadPoolExecutor(_OPENING, thread_name_prefix="endcap-open"),
+            )
+            thread = threading.Thread(target=self._run, args=(pools,), name="endcap-conductor", daemon=True)
+            self._threads = thread, pools
             for key in self._objects:
                 self._wake(key)
             thread.start()
@@ -145,10 +157,10 @@ class Conductor:
             self._changed.notify_all()
         if threads is None:
             return
-        thread, fast, slow = threads
+        thread, pools = threads
         thread.join()
-        fast.shutdown(wait=False, cancel_futures=True)
-        slow.shutdown(wait=False, cancel_futures=True)
+        for pool in (pools.looks, pools.acts, pools.openings):
+            pool.shutdown(wait=False, cancel_futures=True)
         ends_s = time.monotonic() + _ENDS_S
         with self._changed:
             while any(entry.running for entry in self._entries.values()) and time.monotonic() < ends_s:
@@ -175,7 +187,7 @@ class Conductor:
         heapq.heappush(self._heap, (when_s, next(self._numbers), key))
         self._changed.notify_all()
 
-    def _run(self, fast: ThreadPoolExecutor, slow: ThreadPoolExecutor) -> None:
+    def _run(self, pools: _Pools) -> None:
         while True:
             with self._changed:
                 self.beat_s = time.monotonic()
@@ -190,8 +202,9 @@ class Conductor:
                 if entry is None or entry.running:
                     continue
                 entry.running, entry.again = True, False
-                long = entry.drive.may_take_long
-                (slow if long else fast).submit(self._turn, key, entry, long)
+                drive = entry.drive
+                pool = pools.openings if not drive.is_open else pools.acts if drive.may_take_long else pools.looks
+                pool.submit(self._turn, key, entry, pool is not pools.looks)
 
     def _turn(self, key: Key, entry: _Entry, long: bool) -> None:
         was_due_s, begun_s = entry.due_s, self._clock.now_s()

@@ -127,8 +127,13 @@ class Drive:
 
     @property
     def may_take_long(self) -> bool:
-        """The next turn acts, begins, or writes for people: more than a look."""
+        """The next turn acts, or writes for people: more than a look."""
         return self._engine is None or self._wants_refresh or bool(self._engine.state.intent)
+
+    @property
+    def is_open(self) -> bool:
+        """It has an engine; else the next turn begins it, or takes it up."""
+        return self._engine is not None
 
     def has_asks(self) -> bool:
         store = self._store

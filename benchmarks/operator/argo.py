@@ -100,22 +100,28 @@ class Acknowledged:
 
     def _run(self) -> None:
         from kubernetes import client, config, watch
+        from urllib3.exceptions import HTTPError
 
         api = client.CustomObjectsApi(config.new_client_from_config(str(self._kubeconfig)))
         counts: dict[str, int] = {}
         while not self._stopping:
-            stream = watch.Watch().stream(api.list_cluster_custom_object, "argoproj.io", "v1alpha1", "analysisruns",
-                                          timeout_seconds=600)  # fmt: skip
-            for event in stream:
-                now_s, run = time.time(), event["object"]
-                results = (run.get("status") or {}).get("metricResults") or []
-                name = next((arg["value"] for arg in run["spec"].get("args", ()) if arg["name"] == "name"), "")
-                count = int(results[0].get("count", 0)) + int(results[0].get("error", 0)) if results else 0
-                if count > counts.get(name, 0):
-                    counts[name] = count
-                    self.seen.setdefault(name, []).append(now_s)
-                if self._stopping:
-                    return
+            try:
+                for event in watch.Watch().stream(
+                    api.list_cluster_custom_object, "argoproj.io", "v1alpha1", "analysisruns", timeout_seconds=600
+                ):
+                    self._take(event["object"], time.time(), counts)
+                    if self._stopping:
+                        return
+            except (HTTPError, client.ApiException):  # it is begun again; at the end the API server goes first
+                time.sleep(0.1)
+
+    def _take(self, run: dict[str, Any], now_s: float, counts: dict[str, int]) -> None:
+        results = (run.get("status") or {}).get("metricResults") or []
+        name = next((arg["value"] for arg in run["spec"].get("args", ()) if arg["name"] == "name"), "")
+        count = int(results[0].get("count", 0)) + int(results[0].get("error", 0)) if results else 0
+        if count > counts.get(name, 0):
+            counts[name] = count
+            self.seen.setdefault(name, []).append(now_s)
 
     def stop(self) -> None:
         self._stopping = True

@@ -30,6 +30,7 @@ _P99_CONNECTIONS = 128
 _BATCH = 32
 _OVERLOAD_CONNECTIONS = 512
 _PEAK_CONNECTIONS = 128
+_HEAVY_CONNECTIONS = 64
 _PATIENT = ("--timeout-s", "30")
 """Who asks for a rate has no deadline: nothing is to be turned away, however little of its core a server gets."""
 _IN_TIME_MS = 1000.0
@@ -157,7 +158,7 @@ def heavy(bench: Bench) -> Part:
     for _ in range(bench.repeats):
         alone.append(_in_process(bench, made))
         with bench.serve(ENDCAP, made, *_PATIENT) as running:
-            served.append(bench.closed(running, bodies, warm=1.0))
+            served.append(bench.closed(running, bodies, connections=_HEAVY_CONNECTIONS, warm=1.0))
         bench.say(f"heavy: {served[-1].a_second:.0f} rows/s over HTTP, {alone[-1].a_second:.0f} without a server; by "
                   f"processor time {served[-1].a_cpu_second:.0f} and {alone[-1].a_cpu_second:.0f}")  # fmt: skip
     pairs = list(zip(served, alone, strict=True))

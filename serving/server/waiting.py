@@ -152,17 +152,20 @@ class Waiting(Generic[E]):
         return wait_s if full or wait_s > priority.wait_share * limit_s else None
 
     def wait_s(self, priority: Priority, limit_s: float, now_s: float, tokens: int | None = None) -> float:
-        """How long an answer is expected to take by the clock. A run that takes longer than the pace counts at once."""
+        """How long an answer is expected to take by the clock.
+
+        A run that takes longer than the pace may take as long again; that says nothing of the runs after it.
+        """
         ahead = self._tokens[Priority.SHOPPER] + (self._tokens[Priority.BATCH] if priority is Priority.BATCH else 0)
-        times = self._pace.times
+        times, overrun_s = self._pace.times, 0.0
         for run in self._runs:
             if not run.overdue:
                 ahead += run.tokens
-                elapsed_s = now_s - max(run.since_s, self._ended_s)
-                if elapsed_s > times * run.expected_s > 0.0:
-                    times = elapsed_s / run.expected_s
+                if run.expected_s < math.inf:
+                    elapsed_s = now_s - max(run.since_s, self._ended_s)
+                    overrun_s = max(overrun_s, elapsed_s - times * run.expected_s)
         ahead += round(self._mean_tokens) if tokens is None else tokens
-        return times * self._expect_all_s(ahead, limit_s)
+        return overrun_s + times * self._expect_all_s(ahead, limit_s)
 
     def _expect_all_s(self, tokens: int, limit_s: float) -> float:
         """Processor time of so many, in as many runs as it takes; 0: not known."""

@@ -157,11 +157,17 @@ class Cluster:
             raise ClusterError(reason)
         self.folder.mkdir(parents=True, exist_ok=True)
         with programs.locked(self._lock):
-            self._found(kind)
             if kind is Kind.CONTROL_PLANE:
+                self._found(kind)
                 self.control_plane.up()
-            else:
-                self._up_full()
+                return
+            for name in _FULL:
+                programs.ensure(name)
+            # From the choice of addresses until they are taken, nobody else chooses.
+            with programs.locked(_addresses()):
+                self._found(kind)
+                self.namespaces.up()
+            self._up_full()
 
     def load_image(self, role: str) -> None:
         """Bring our image of ``role`` to the node, built if need be.
@@ -186,7 +192,8 @@ class Cluster:
             charter = self.charter
             self.daemons.kill_all()
             if charter is not None and charter.net is not None:
-                self.namespaces.down()
+                with programs.locked(_addresses()):
+                    self.namespaces.down()
             if charter is not None or set(self.folder.iterdir()) <= {self._lock}:
                 shutil.rmtree(self.folder)
 
@@ -204,9 +211,6 @@ class Cluster:
         )
 
     def _up_full(self) -> None:
-        for name in _FULL:
-            programs.ensure(name)
-        self.namespaces.up()
         node = self.node
         node.start_containerd()
         services = self.services
@@ -264,6 +268,12 @@ def why_not(kind: Kind) -> str | None:
     if kind is Kind.CONTROL_PLANE:
         return programs.why_not(controlplane.PROGRAMS)
     return namespaces.why_not() or node.why_not() or programs.why_not(_FULL)
+
+
+def _addresses() -> Path:
+    """Who holds this lock chooses, takes or gives back a full cluster's addresses."""
+    programs.cache().mkdir(parents=True, exist_ok=True)
+    return programs.cache() / ".addresses.lock"
 
 
 def _new_charter(kind: Kind) -> Charter:

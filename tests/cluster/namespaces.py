@@ -8,6 +8,7 @@ The machine's own firewall and its other interfaces are not touched, and packets
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -86,6 +87,8 @@ class Namespaces:
 
     def down(self) -> None:
         """Remove what processes leave: the machine's end of the cable goes with the network, control groups do not."""
+        if self._is_anothers():
+            return
         until_s = time.monotonic() + _END_S
         for controller in _controllers():
             while (left := controller / self.cgroup).exists():
@@ -103,14 +106,33 @@ class Namespaces:
             subprocess.run(["ip", "link", "delete", self.net.interface], capture_output=True, check=False)
             time.sleep(0.05)
 
+    @property
+    def _mark(self) -> str:
+        """Names this cluster on its cable: a digest, because a folder's name may be too long for it."""
+        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:32]
+
+    def _is_anothers(self) -> bool:
+        """Whether the addresses went to another cluster after this one died."""
+        try:
+            alias = Path(f"/sys/class/net/{self.net.interface}/ifalias").read_text().strip()
+        except OSError:
+            return False
+        return alias not in {"", self._mark}  # without a mark: its layer was killed just then
+
     def _lay_cable(self) -> None:
+        inside = f"{self.net.interface}n"
+        if self._is_anothers():
+            raise ClusterError(
+                f"{self.net.all} has become another cluster's while this one was dead; take this one down, then up: "
+                f"python -m tests.cluster down --folder {self.folder}"
+            )
         if self.net.interface in interfaces():
             return
         first = self.first_process()
-        inside = f"{self.net.interface}n"
         steps = (
             f"ip link add {self.net.interface} type veth peer name {inside} netns {first}",
             f"ip address add {self.net.machine}/24 dev {self.net.interface}",
+            f"ip link set {self.net.interface} alias {self._mark}",
             f"ip link set {self.net.interface} up",
         )
         for step in steps:

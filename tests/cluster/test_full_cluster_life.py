@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster, Kind, why_not
 from tests.cluster.conftest import unavailable
+from tests.cluster.errors import ClusterError
 from tests.cluster.namespaces import interfaces
 from tests.cluster.net import Net
 from tests.cluster.test_control_plane import command
@@ -34,6 +35,10 @@ def traces(folder: Path, net: Net) -> dict[str, list[str]]:
         "interfaces": [name for name in interfaces() if name == net.interface],
         "routes": [line for line in _routes() if f"10.{net.second}." in line],
     }
+
+
+_LAST_NET = 216
+"""Of those that clusters may have: the last to be taken."""
 
 
 def _routes() -> list[str]:
@@ -83,6 +88,26 @@ def test_up_twice_killed_and_down(elsewhere: Path) -> None:
     assert downed.returncode == 0, downed.stderr
     assert not elsewhere.exists()
     assert traces(elsewhere, net) == NOTHING
+
+
+def test_a_dead_clusters_addresses_may_be_anothers(elsewhere: Path) -> None:
+    """Its going leaves the other alone, and it does not come back into the other's."""
+    dead, living = Cluster(elsewhere), Cluster(elsewhere.with_name("living"))
+    try:
+        for cluster in (dead, living):
+            cluster.folder.mkdir()
+            (cluster.folder / "cluster.json").write_text(json.dumps({"kind": "full", "ports": {}, "net": _LAST_NET}))
+        living.namespaces.up()
+        with pytest.raises(ClusterError, match="has become another cluster's"):
+            dead.namespaces.up()
+        dead.down()
+        assert not dead.folder.exists()
+        assert living.net.interface in interfaces()
+        assert list(Path("/sys/fs/cgroup").glob(f"**/{living.namespaces.cgroup}"))
+    finally:
+        living.down()
+        dead.down()
+    assert f"endcap{_LAST_NET}" not in interfaces()
 
 
 def test_one_killed_part_is_started_again(elsewhere: Path) -> None:

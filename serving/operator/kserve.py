@@ -59,7 +59,8 @@ class KServeOutfit:
             name, label = self._named(spec.candidate)
             telemetry = ServerTelemetry(PodScrapes(), thresholds_ms=objectives.latency_thresholds_ms,
                                         feedback=self._feedback(objectives))  # fmt: skip
-            target = KServeTarget(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry)
+            target = KServeTarget(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry,
+                                  policy=True)  # fmt: skip
             target.check()  # what is not there is told before anything is written, the checkpoint among it
             source = self._source(spec, objectives, held)
             url = webhook_url(spec.webhook_from)

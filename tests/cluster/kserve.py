@@ -39,7 +39,11 @@ def is_real() -> bool:
 @contextlib.contextmanager
 def kserve(access: Access, *, gateway: str = GATEWAY) -> Iterator[Cluster]:
     """KServe at work in the cluster, for the block."""
-    cluster = open_cluster(kubeconfig=str(access.kubeconfig))
+    with contextlib.closing(open_cluster(kubeconfig=str(access.kubeconfig))) as cluster:
+        yield from _at_work(access, cluster, gateway)
+
+
+def _at_work(access: Access, cluster: Cluster, gateway: str) -> Iterator[Cluster]:
     chosen = os.environ.get(SETTING, "")
     if chosen == "installed":
         yield cluster
@@ -78,7 +82,8 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
             for path in sorted((source / place).glob("serving.kserve.io_*.yaml"))]  # fmt: skip
     for path in crds:
         access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(path))
-    _until_served(open_cluster(kubeconfig=str(access.kubeconfig)))
+    with contextlib.closing(open_cluster(kubeconfig=str(access.kubeconfig))) as cluster:
+        _until_served(cluster)
     access.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kserve"}})
     access.apply(_settings(source / "configmap" / "inferenceservice.yaml", gateway))
     authority = Authority(scratch / "pki")

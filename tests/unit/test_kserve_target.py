@@ -535,3 +535,19 @@ def test_a_version_is_served_by_the_package_that_was_registered_and_no_other() -
                     "v1-baseline": {"endcap.dev/package-sha256": "none"}}  # fmt: skip
     pods = {pod["metadata"]["labels"]["endcap.dev/version"] for pod in world._pod_objects()}
     assert pods == {"1", "2", "1-baseline"}
+
+
+def test_the_gateway_is_told_to_try_again_and_to_count_versions_apart_unless_somebody_tells_it_already() -> None:
+    world = a_world()
+    path = path_of("backendtrafficpolicies", NAMESPACE)
+    target_of(world, policy=True).acquire("test")
+    made = world.objects[f"{path}/endcap-{SERVICE}"]["spec"]
+    assert {ref["name"] for ref in made["targetRefs"]} == {SERVICE, f"{SERVICE}-predictor"}
+    assert made["retry"]["numRetries"] == 2
+    assert made["healthCheck"]["passive"]["consecutiveLocalOriginFailures"] == 1
+    assert made["loadBalancer"]["zoneAware"] == {"preferLocal": {"percentageEnabled": 0}}
+    world = a_world()
+    theirs = {"metadata": {"name": "theirs"}, "spec": {"targetRefs": [{"name": SERVICE}]}}
+    world.create(path, theirs)
+    target_of(world, policy=True).acquire("test")
+    assert [one["metadata"]["name"] for one in world._of("backendtrafficpolicies")] == ["theirs"]

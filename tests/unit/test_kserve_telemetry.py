@@ -52,6 +52,8 @@ class Servers:
         for place in range(count):
             metrics.latency[route].observe(0.5 if place < slow else 0.01)
 
+    def close(self) -> None: ...
+
     def scrapes(self, pods: list[dict], at_s: float) -> list[Scrape]:
         found = []
         for one in pods:
@@ -119,9 +121,9 @@ class Gateway:
         self.backends = ["recommender-v1-predictor"]
         self.counters: dict[int, dict[str, int]] = {}
 
-    def count(self, backend: int, *, retries: int = 0, exhausted: int = 0, **codes: int) -> None:
+    def count(self, backend: int, *, retries: int = 0, mended: int = 0, **codes: int) -> None:
         mine = self.counters.setdefault(backend, {})
-        for name, more in {**codes, "retries": retries, "exhausted": exhausted}.items():
+        for name, more in {**codes, "retries": retries, "mended": mended}.items():
             mine[name] = mine.get(name, 0) + more
 
     def get(self, path: str) -> dict | None:
@@ -143,8 +145,7 @@ class Gateway:
                 if code.startswith("c"):
                     lines.append(f'envoy_cluster_upstream_rq{{envoy_response_code="{code[1:]}",{name}}} {value}')
             lines.append(f"envoy_cluster_upstream_rq_retry{{{name}}} {counts.get('retries', 0)}")
-            exhausted = counts.get("exhausted", 0)
-            lines.append(f"envoy_cluster_upstream_rq_retry_limit_exceeded{{{name}}} {exhausted}")
+            lines.append(f"envoy_cluster_upstream_rq_retry_success{{{name}}} {counts.get('mended', 0)}")
         return ("\n".join(lines) + "\n").encode()
 
 
@@ -152,20 +153,20 @@ SERVERS = [pod("a", "1", service="recommender-v1-predictor"), pod("b", "2", serv
            pod("c", "1-baseline", service="recommender-v1-baseline-predictor")]  # fmt: skip
 
 
-def test_a_retry_is_a_first_attempt_that_failed_and_no_failed_request() -> None:
+def test_what_a_retry_mends_is_a_first_attempt_that_failed_and_no_failed_request() -> None:
     gateway = Gateway()
     counts = EnvoyGatewayCounts(gateway, "recommender", "shop")  # type: ignore[arg-type]
     gateway.count(0, c200=5_000)
     counts.read(SERVERS, T0)
-    gateway.count(0, c200=100, retries=4)
+    gateway.count(0, c200=100, retries=6, mended=4)  # two of them by the second retry
     counts.read(SERVERS, T0 + 1)
     attempts, first, requests = counts.versions()["1"]
-    assert (attempts, first, requests) == (Counts(100, 104), Counts(96, 100), Counts(100, 100))
-    gateway.count(0, c503=3, retries=3, exhausted=3)  # twice each
+    assert (attempts, first, requests) == (Counts(100, 106), Counts(96, 100), Counts(100, 100))
+    gateway.count(0, c503=3, retries=6)  # three times each
     gateway.count(0, c500=2)  # not tried again
     counts.read(SERVERS, T0 + 2)
     attempts, first, requests = counts.versions()["1"]
-    assert (attempts, first, requests) == (Counts(100, 112), Counts(96, 105), Counts(100, 105))
+    assert (attempts, first, requests) == (Counts(100, 117), Counts(96, 105), Counts(100, 105))
 
 
 def test_a_cluster_that_becomes_another_versions_does_not_bring_its_counts_along() -> None:

@@ -74,6 +74,11 @@ class Cluster:
             raise TargetError("not there", where=path)
         return found
 
+    def close(self) -> None:
+        """Let go of connections."""
+        self._api.rest_client.pool_manager.clear()
+        self._api.close()
+
     def create(self, path: str, body: Json) -> Json:
         return self._needed("POST", path, body)
 

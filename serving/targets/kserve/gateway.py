@@ -3,13 +3,13 @@
 Envoy Gateway makes one cluster of all backends of a route, with a locality each: its counts then do not tell versions
 apart, and are renamed when a backend has no endpoint. A BackendTrafficPolicy with a zone-aware load balancer makes it
 one cluster a backend (``NeedsClusterPerSetting`` in its source); with 0 % of the requests for that it changes nothing
-else. The same policy has the gateway try a request once more when it found no connection or lost it: a pod that dies
-costs its version an attempt, and the shopper nothing.
+else. The same policy has the gateway try a request again when it found no connection or lost it, and leaves a pod out
+that refuses connections: one that dies costs its version attempts, and shoppers nothing.
 """
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
 
 from endcap.errors import SourceError, TargetError
@@ -17,16 +17,18 @@ from endcap.evidence import Counts
 from serving.sources.exposition import TextSample, parse_exposition
 from serving.sources.folding import Series, SeriesFolder, digest
 from serving.targets.kserve.cluster import Cluster, Json, path_of
+from serving.targets.kserve.errors import RefusedError
 from serving.targets.kserve.names import VERSION_LABEL, workload_name
 from serving.targets.kserve.telemetry import PodScrapes
 
 __all__ = ["EnvoyGatewayCounts", "ensure_policy", "policy_of"]
 
+log = logging.getLogger("endcap.target")
+
 _BY_CODE = "envoy_cluster_upstream_rq"
 _RETRY = "envoy_cluster_upstream_rq_retry"
-_EXHAUSTED = "envoy_cluster_upstream_rq_retry_limit_exceeded"
-_NAMES = frozenset({_BY_CODE, _RETRY, _EXHAUSTED})
-_CLUSTER = re.compile(r"httproute/(?P<namespace>[^/]+)/(?P<route>[^/]+)/rule/(?P<rule>\d+)/backend/(?P<backend>\d+)")
+_MENDED = "envoy_cluster_upstream_rq_retry_success"
+_NAMES = frozenset({_BY_CODE, _RETRY, _MENDED})
 _PROXIES = {"app.kubernetes.io/component": "proxy", "app.kubernetes.io/managed-by": "envoy-gateway"}
 _PORT = 19001
 _MAX_SERIES = 50_000
@@ -44,10 +46,15 @@ def policy_of(service: str, namespace: str) -> Json:
             "targetRefs": routes,
             "loadBalancer": {"type": "LeastRequest", "zoneAware": {"preferLocal": {"percentageEnabled": 0}}},
             "retry": {
-                "numRetries": 1,  # one: then a retry is a first attempt that failed, whatever became of the second
+                "numRetries": 2,
                 "retryOn": {"triggers": ["connect-failure", "refused-stream", "reset", "retriable-status-codes"],
                             "httpStatusCodes": [503]},
             },
+            # A pod that died has the fewest requests open, so a retry would find it again: it is left out at once.
+            "healthCheck": {"passive": {
+                "splitExternalLocalOriginErrors": True, "consecutiveLocalOriginFailures": 1, "interval": "1s",
+                "baseEjectionTime": "2s", "maxEjectionPercent": 50,
+            }},
         },
     }  # fmt: skip
 
@@ -55,7 +62,10 @@ def policy_of(service: str, namespace: str) -> Json:
 def ensure_policy(cluster: Cluster, service: str, namespace: str) -> str | None:
     """Apply it. Returns why not, where the cluster has another gateway or the route has a policy of somebody else's."""
     path = path_of("backendtrafficpolicies", namespace)
-    found = cluster.items(path)
+    try:
+        found = cluster.items(path)
+    except RefusedError as error:
+        return error.what
     if found is None:
         return "the gateway is not Envoy Gateway"
     wanted = policy_of(service, namespace)
@@ -72,8 +82,8 @@ def ensure_policy(cluster: Cluster, service: str, namespace: str) -> str | None:
 class EnvoyGatewayCounts:
     """Attempts, first attempts and requests by version, from all proxies. See :class:`.telemetry.GatewayCounts`.
 
-    A retried attempt's code is in no counter but the retries': attempts are all codes and all retries. With one retry
-    a request, first attempts that failed are the retries, and the failures that were not tried again.
+    A retried attempt's code is in no counter but the retries': attempts are all codes and all retries. First attempts
+    that failed are the requests that a retry mended, and those that failed in the end.
     """
 
     def __init__(self, cluster: Cluster, service: str, namespace: str, *, direct: bool = False,
@@ -100,9 +110,13 @@ class EnvoyGatewayCounts:
             if VERSION_LABEL in labels:
                 self._labels[str(labels.get("app", "")).removeprefix("isvc.")] = str(labels[VERSION_LABEL])
         path = path_of("pods", self._proxy_namespace)
-        proxies = [pod for pod in self._cluster.items(path, labels=self._proxies) or ()
-                   if (pod.get("status") or {}).get("podIP")]  # fmt: skip
-        backends = self._backends()
+        try:
+            found = self._cluster.items(path, labels=self._proxies) or ()
+            backends = self._backends()
+        except TargetError as error:  # no data: the servers' counts are there
+            log.warning("the gateway's counts cannot be read: %s", error.what)
+            return
+        proxies = [pod for pod in found if (pod.get("status") or {}).get("podIP")]
         if not proxies or not backends:
             return
         self._began_s = at_s if self._began_s is None else self._began_s
@@ -117,6 +131,9 @@ class EnvoyGatewayCounts:
             self._take(str(pod["metadata"]["uid"]), samples, backends, at_s, codes, retries)
         self._codes.fold(codes, began_s=self._began_s)
         self._retries.fold(retries, began_s=self._began_s)
+
+    def close(self) -> None:
+        self._scrapes.close()
 
     def _backends(self) -> dict[str, str]:
         """By cluster, the name of the Service that it is now."""
@@ -153,12 +170,12 @@ class EnvoyGatewayCounts:
             total = sum(one.value for one in answered)
             good = sum(one.value for one in answered if _is_good(one.labels.get("envoy_response_code", "")))
             tried = sum(one.value for one in mine if one.name == _RETRY)
-            gave_up = sum(one.value for one in mine if one.name == _EXHAUSTED)
+            mended = sum(one.value for one in mine if one.name == _MENDED)
             now = ((at_s, total),)
             codes.append(Series(version, process, "total", False, True, (*zeros, *now)))
             codes.append(Series(version, process, "good", True, False, (*zeros, (at_s, good))))
             retries.append(Series(version, process, "retry", False, True, (*zeros, (at_s, tried))))
-            retries.append(Series(version, process, "exhausted", True, False, (*zeros, (at_s, gave_up))))
+            retries.append(Series(version, process, "mended", True, False, (*zeros, (at_s, mended))))
         self._known[proxy] = (seen or set()) | set(by_cluster)
 
     def versions(self) -> Mapping[str, tuple[Counts, Counts, Counts]]:
@@ -168,7 +185,7 @@ class EnvoyGatewayCounts:
         for label, answered in codes.items():
             again = retries.get(label, Counts())
             failed = answered.total - answered.good
-            first_failed = again.total + max(0, failed - again.good)
+            first_failed = again.good + failed
             new = (
                 _counts(answered.good, failed + again.total),
                 _counts(max(0, answered.total - first_failed), first_failed),

@@ -98,6 +98,8 @@ class Scrapes(Protocol):
     def scrapes(self, pods: Sequence[Json], at_s: float) -> list[Scrape]:
         """The servers' series now. Raises SourceError when none can be read."""
 
+    def close(self) -> None: ...
+
 
 class PodScrapes:
     """Each pod's ``/metrics``, by its address, or through the API server where pods cannot be reached (a laptop).
@@ -122,6 +124,10 @@ class PodScrapes:
         if not answers and any(_is_ready(pod) for pod in asked):
             raise next(one for one in found if isinstance(one, SourceError))
         return answers
+
+    def close(self) -> None:
+        """Let go of connections, as do the others' ``close``."""
+        self._client.close()
 
     def text(self, pod: Json) -> bytes:
         """Raises SourceError."""
@@ -170,6 +176,9 @@ class Feedback:
         self._cluster, self._timeout_s = cluster, timeout_s
         self._client = httpx.Client(trust_env=False, follow_redirects=False)
 
+    def close(self) -> None:
+        self._client.close()
+
     def evidence(self, shoppers_since_s: float | None) -> _Evidence:
         """Raises SourceError: it does not answer; counts of zero would make all that was counted look new later."""
         query = {} if shoppers_since_s is None else {"shoppers_since_s": f"{shoppers_since_s:.6f}"}
@@ -193,6 +202,8 @@ class GatewayCounts(Protocol):
 
     def versions(self) -> Mapping[str, tuple[Counts, Counts, Counts]]:
         """Attempts, first attempts and requests by version, since counting began."""
+
+    def close(self) -> None: ...
 
 
 class ServerTelemetry:
@@ -290,6 +301,11 @@ class ServerTelemetry:
             return self._last_feedback[since_s]
         self._last_feedback = {since_s: found}
         return found
+
+    def close(self) -> None:
+        for one in (self._scrapes, self._feedback, self._gateway):
+            if one is not None:
+                one.close()
 
     def servers(self) -> Mapping[str, Counts]:
         """Attempts by the servers' own counts."""

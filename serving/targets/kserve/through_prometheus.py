@@ -51,6 +51,9 @@ class PrometheusScrapes:
             for name, series in by_pod.items()
         ]  # fmt: skip
 
+    def close(self) -> None:
+        self._client.close()
+
     def _query(self, name: str, pods: list[str], at_s: float) -> list[RawSeries]:
         names = "|".join(re.escape(pod).replace("\\", "\\\\") for pod in pods)
         selector = f'{name}{{namespace="{self._namespace}",pod=~"{names}"}}[{_WINDOW_S}s]'

@@ -148,6 +148,8 @@ async def _watch(operator: Operator, ready: threading.Event, stop: threading.Eve
     try:
         await kopf.operator(
             registry=registry_of(operator), standalone=True, clusterwide=not namespaces, namespaces=namespaces,
+            # Else kopf asks for the name of the user, and in a pod there is none of that number.
+            identity=operator.settings.identity,  # type: ignore[arg-type]
             ready_flag=ready, stop_flag=stop,
         )  # fmt: skip
     finally:

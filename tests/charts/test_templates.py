@@ -203,6 +203,17 @@ def test_two_replicas_have_a_budget_and_stand_in_different_zones_and_one_has_non
     assert "PodDisruptionBudget" not in [one["kind"] for one in helm.template()]
 
 
+def test_images_are_by_one_tag_or_each_by_its_own(helm: Helm) -> None:
+    digest = "sha256:" + "a" * 64
+    documents = helm.template("--set", f"images.controller=other.example:5000/c@{digest}", "--set", "images.tag=v9",
+                              "--set", "images.server=localhost:5000/s")  # fmt: skip
+    operator = named(documents, "Deployment", "endcap-operator")["spec"]["template"]["spec"]["containers"][0]
+    collector = named(documents, "Deployment", "endcap-collector")["spec"]["template"]["spec"]["containers"][0]
+    assert operator["image"] == f"other.example:5000/c@{digest}" and collector["image"] == "localhost:5000/s:v9"
+    full = named(helm.template(values="full"), "Deployment", "endcap-operator")["spec"]["template"]["spec"]
+    assert full["containers"][0]["image"] == "registry.example/team/endcap/controller:1.2.3"
+
+
 def test_the_collector_has_one_writer_and_keeps_its_volume(helm: Helm) -> None:
     documents = helm.template()
     collector = named(documents, "Deployment", "endcap-collector")["spec"]

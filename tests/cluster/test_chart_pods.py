@@ -89,12 +89,11 @@ def test_operator_and_collector_run_restricted_and_what_shoppers_did_is_kept(
     access, namespace = full_cluster, pod_namespace
     know_kserve(access)
     image = access.image("server")
-    name, _, tag = image.rpartition(":")
-    controller = access.image("controller").rpartition(":")[0]
+    controller = access.image("controller")
     access.apply(keys_secret(tmp_path), namespace=namespace)
     with volume(access, namespace, image) as storage:
         access.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
-        settings = values(f"images.server={name}", f"images.controller={controller}", f"images.tag={tag}", storage,
+        settings = values(f"images.server={image}", f"images.controller={controller}", storage,
                           "operator.replicas=2", "collector.windowSeconds=1")  # fmt: skip
         try:
             helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, "--wait", "--timeout=5m", *settings)

@@ -25,7 +25,8 @@ app.kubernetes.io/name: {{ .name }}
 {{/* (dict "root" $ "image" "endcap/server"): ours, with registry and tag. */}}
 {{- define "endcap.image" -}}
 {{- $images := .root.Values.images -}}
-{{- with $images.registry }}{{ trimSuffix "/" . }}/{{ end }}{{ .image }}:{{ $images.tag | default .root.Chart.AppVersion }}
+{{- with $images.registry }}{{ trimSuffix "/" . }}/{{ end }}{{ .image }}
+{{- if not (regexMatch "(:[^/]+|@sha256:[0-9a-f]{64})$" .image) }}:{{ $images.tag | default .root.Chart.AppVersion }}{{ end }}
 {{- end -}}
 
 {{- define "endcap.pullSecrets" -}}

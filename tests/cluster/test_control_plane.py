@@ -55,7 +55,7 @@ def test_objects_survive_an_api_server_that_is_killed(own_control_plane: Cluster
     assert access.try_kubectl("get", "configmap", "kept", "--namespace=default").returncode != 0
     status = own_control_plane.status()
     assert not status.ready
-    assert status.missing == ("etcd", "kube-apiserver")
+    assert {"etcd", "kube-apiserver"} <= set(status.missing)  # others may end without them
 
     own_control_plane.up(Kind.CONTROL_PLANE)
 

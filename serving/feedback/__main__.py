@@ -18,6 +18,7 @@ from serving.feedback.app import FeedbackApp, FeedbackMetrics
 from serving.feedback.attribution import to_us
 from serving.feedback.store import FeedbackStore
 from serving.feedback.writer import Writer
+from serving.server.http import SheddingProtocol
 from serving.watched import keep_fresh
 
 log = logging.getLogger("serving.feedback")
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         tasks.append(asyncio.create_task(keep_fresh(lambda: [keys], on_failure=metrics.keys_refused.inc)))
         log.info("ready: port %d, window %g s, %s", listener.getsockname()[1], arguments.window_s, arguments.database)
 
-    code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start).run_on(listener)
+    code = DrainingServer(app, drain_s=arguments.drain_s, on_started=start, http=SheddingProtocol).run_on(listener)
     for writer in writers:
         writer.close()
     return code

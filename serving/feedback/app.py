@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from endcap.errors import EndcapError, InputError, StorageError
 from serving import asgi
-from serving.asgi import BodyTooLargeError, Receive, Scope, Send
+from serving.asgi import BodyTooLargeError, Headers, Receive, Scope, Send
 from serving.feedback.attribution import Outcome, to_us
 from serving.feedback.events import parse_feedback
 from serving.feedback.store import Evidence, export
@@ -98,6 +98,12 @@ class FeedbackApp:
         self._metrics = metrics
         self._writer: Writer | None = None
         self._trouble: str | None = None
+
+    crowded = False
+    """Nothing is turned away before it is read (see :class:`~serving.server.http.Turnstile`)."""
+
+    def turn_away(self, path: str, headers: Headers) -> None:
+        """Nothing is."""
 
     def open(self, writer: Writer) -> None:
         """Begin to answer."""

@@ -154,7 +154,7 @@ class SheddingProtocol(HttpToolsProtocol):
     def sweep(self, now_s: float) -> None:
         """Look whether its answers are read, and whether it says anything; now and then."""
         waiting = self.transport.get_write_buffer_size()
-        if not waiting:
+        if not waiting or self._swept != self._messages:  # on a busy connection something is always being sent
             if self._unread_since_s is not None:
                 self._unread_since_s = None
                 self.held.drop(self, _ANSWER)

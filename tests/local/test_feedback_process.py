@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -183,3 +184,18 @@ def test_a_targets_counts_by_shopper_hold_while_the_collector_is_away_and_go_on_
             await collector.stop()
 
     asyncio.run(life())
+
+
+def test_a_client_that_means_no_good_is_cut_off(tmp_path: Path) -> None:
+    impressions.ensure_key(tmp_path / "impression.key")
+    port = free_port()
+    with started(arguments(tmp_path, port), port, tmp_path / "log") as program:
+        program.wait_for("/healthz")
+        with socket.create_connection(("127.0.0.1", port), timeout=60.0) as peer:
+            peer.sendall(b"POST /v1/feedback HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+            sent = 0
+            with pytest.raises(OSError):
+                while sent < 50_000_000:
+                    peer.sendall(b"a: b\r\n" * 10_000)
+                    sent += 60_000
+        assert program.status("/healthz") == 200

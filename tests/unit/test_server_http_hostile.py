@@ -195,6 +195,7 @@ def test_an_answer_that_is_not_read_ends_the_connection() -> None:
     async def work(app: App, protocol: SheddingProtocol, transport: Transport) -> None:
         protocol.data_received(POST)
         await settled(transport)
+        protocol.sweep(9.0)
         transport.unread = 50_000
         protocol.sweep(10.0)
         protocol.sweep(10.0 + SLOW_S)
@@ -203,9 +204,14 @@ def test_an_answer_that_is_not_read_ends_the_connection() -> None:
         protocol.sweep(20.0 + SLOW_S)
         assert Small.held.bytes == 0
         transport.unread = 1
-        protocol.sweep(100.0)
+        for at_s in (50.0, 90.0, 140.0):  # busy: each time another request was answered meanwhile
+            protocol.data_received(POST)
+            await asyncio.sleep(0.01)
+            protocol.sweep(at_s)
+        protocol.sweep(141.0)
+        protocol.sweep(141.0 + SLOW_S)
         assert not transport.closed
-        protocol.sweep(101.0 + SLOW_S)
+        protocol.sweep(142.0 + SLOW_S)
         assert transport.aborted
 
     run(work, Small)

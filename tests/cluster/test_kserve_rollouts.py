@@ -37,7 +37,6 @@ from serving.targets.kserve import (
     Telemetry,
 )
 from serving.targets.kserve.cluster import path_of
-from serving.targets.kserve.telemetry import compared
 from tests.cluster import images
 from tests.cluster.access import Access
 from tests.cluster.kserve import DOMAIN, GATEWAY, kserve
@@ -239,7 +238,6 @@ def _set_up(shop: Shop, models: Path, key: Path) -> None:
     shop.cluster.create(path_of("inferenceservices", namespace), made)
     with shop.load(rate=5) as shoppers:
         wait_until(lambda: shoppers.versions["1"] > 20, "version 1 serves", deadline_s=300)
-        # The gateway makes a cluster a backend of it now, which may cost requests (one of some hundreds was seen to).
         shop.target().acquire("the gateway's policy")
         asked = shoppers.asked
         wait_until(lambda: shoppers.asked > asked + 50, "the policy is in force", deadline_s=120)
@@ -256,11 +254,9 @@ def test_a_good_version_is_promoted_and_no_request_of_five_thousand_fails(shop: 
     assert shoppers.asked >= 5_000
     assert shop.stable()["predictor"]["name"] == "v2"
     assert not shop.stable().get("canary")
-    gateway = telemetry._gateway.versions()
-    apart = compared(telemetry.servers(), gateway)
-    print("by the gateway", gateway, "by the servers", telemetry.servers(), apart)  # noqa: T201
-    assert gateway["2"][2].total > 500
-    assert all(abs(part) < 0.1 for part in apart.values()), apart
+    servers = telemetry.servers()
+    print("by the servers", servers, "as shoppers saw it", shoppers.versions)  # noqa: T201
+    assert 100 <= servers["2"].total <= shoppers.versions["2"], "counted until the rollout ended"
 
 
 def test_a_version_that_ends_at_its_start_is_given_up_and_stable_is_untouched(shop: Shop) -> None:

@@ -64,8 +64,8 @@ class KServeTarget:
     """One service. Implements :class:`serving.targets.base.Target`; safe to use from one thread at a time.
 
     ``delivery`` says where versions lie that are not served yet. ``fallback_runtime``: what serves a version that finds
-    no GPU node (its latency is then judged as it is). ``policy``: tell Envoy Gateway to count versions apart, and to
-    try once more where a pod was lost (:mod:`serving.targets.kserve.gateway`).
+    no GPU node (its latency is then judged as it is). ``policy``: tell Envoy Gateway to try again where a pod was lost
+    (:mod:`serving.targets.kserve.gateway`).
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class KServeTarget:
         """
         self.check()
         if self._policy and (why_not := ensure_policy(self._cluster, self.service, self.namespace)) is not None:
-            log.warning("the gateway counts no versions apart: %s", why_not)
+            log.warning("the gateway is not told to try again where a pod was lost: %s", why_not)
         for _ in range(_TRIES):
             lease, service = self._lease(), self._read()
             token = max(_transitions(lease), service.token) + 1

@@ -36,6 +36,8 @@ KINDS: dict[str, float] = {"schema": 0.15, "json": 0.3, "http": 0.2, "call": 0.2
 the HTTP port; gRPC calls made wrong; raw frames and bytes at the gRPC port."""
 
 _ROUNDS = 6
+_CACHED = ("--cache", "memory:500")
+"""One of the servers keeps answers; the others' graphs run for every request that is good."""
 _MOST_GROWTH_MB = 8.0
 _GRPC = f"/{grpc_messages.SERVICE}/"
 _METHODS = (*[f"{_GRPC}ModelInfer"] * 12, *[_GRPC + name for name in grpc_messages.METHODS],
@@ -135,7 +137,7 @@ def served(subject: Subject, folder: Path) -> Iterator[Server]:
         [sys.executable, "-m", "serving.server", "--package", str(subject.package), "--public-key",
          str(subject.public_key), "--version", VERSION, "--zone", "a", "--port", str(http), "--grpc-port", str(grpc),
          "--timeout-s", "30", "--drain-s", "0", "--admin-key", str(keys["admin"]),
-         "--impression-key", str(keys["impression"]), "--cache", "memory:500"],
+         "--impression-key", str(keys["impression"]), *(_CACHED if subject.task is Task.CLASSIFIER else ())],
         log=log, env={"OMP_NUM_THREADS": "1"}, leash=True,
     )  # fmt: skip
     server = Server(process.pid, ("127.0.0.1", http), ("127.0.0.1", grpc), log, lambda: process.poll() is None)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -230,6 +231,11 @@ class _Run:
                 numbers[kind] += 1
                 if place % max(1, len(kinds) // 10) == 0:
                     self._rss.append(self._server.rss_mb)
+        others = cycle([kind for kind in KINDS if kind != "schema"])
+        while self._found.requests.total() < requests:  # schemathesis makes fewer than it is asked for
+            kind = next(others)
+            self.send(kind, numbers[kind])
+            numbers[kind] += 1
         self.end()
 
     def send(self, kind: str, number: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _SERVERS = (ENDCAP, KSERVE, MLSERVER)
 _REQUESTS = 512
 """Different ones, sent in turn."""
 _CONNECTIONS = 32
+_WINDOWS = 4
+"""Of one measurement where servers are compared; they take turns at each."""
 _P99_CONNECTIONS = 128
 _BATCH = 32
 _OVERLOAD_CONNECTIONS = 512
@@ -104,13 +108,13 @@ def one_row_http(bench: Bench) -> Part:
     part = _compared(bench, made, bodies, grpc=False)
     rate = min(part["kserve_rps"], part["mlserver_rps"])
     p99: dict[str, list[float]] = {name: [] for name in _SERVERS}
-    for _ in range(bench.repeats):
-        for name in _SERVERS:
-            with bench.serve(name, made) as running:
+    with _all_running(bench, made) as every:
+        for _ in range(bench.repeats * _WINDOWS):
+            for name, running in every.items():
                 found = bench.client.load(running.http, running.infer_path, bodies, connections=_P99_CONNECTIONS,
-                                          seconds=bench.seconds, rate=rate, warm=1.0)  # fmt: skip
+                                          seconds=bench.seconds / _WINDOWS, rate=rate, warm=0.5)  # fmt: skip
                 p99[name].append(found["answered"]["p99_ms"])
-                bench.say(f"{name}: p99 {p99[name][-1]:.1f} ms at {rate:.0f}/s")
+            bench.say(f"p99 at {rate:.0f}/s, ms: " + ", ".join(f"{name} {one[-1]:.1f}" for name, one in p99.items()))
     medians = {name: statistics.median(found) for name, found in p99.items()}
     return {"one_row_http": {**part, "p99_ms": medians, "p99_rate": rate, "p99_all": p99}}
 
@@ -122,31 +126,52 @@ def one_row_grpc(bench: Bench) -> Part:
 
 def _compared(bench: Bench, made: Made, bodies: Path, *, grpc: bool) -> Part:
     rates: dict[str, list[Rate]] = {name: [] for name in _SERVERS}
-    for _ in range(bench.repeats):
-        for name in _SERVERS:
-            with bench.serve(name, made) as running:
-                rates[name].append(bench.closed(running, bodies, grpc=grpc))
-                bench.say(f"{name}: {rates[name][-1].a_second:.0f} requests/s by {'gRPC' if grpc else 'HTTP'}, "
-                          f"{rates[name][-1].a_cpu_second:.0f} a second of processor time")  # fmt: skip
+    short = dataclasses.replace(bench, seconds=bench.seconds / _WINDOWS)
+    with _all_running(bench, made) as every:
+        for _ in range(bench.repeats * _WINDOWS):
+            for name, running in every.items():
+                rates[name].append(short.closed(running, bodies, grpc=grpc))
+            bench.say(
+                f"{'gRPC' if grpc else 'HTTP'}, requests/s (a second of processor time): "
+                + ", ".join(
+                    f"{name} {one[-1].a_second:.0f} ({one[-1].a_cpu_second:.0f})" for name, one in rates.items()
+                )
+            )
     by_clock = {name: spread([one.a_second for one in found]) for name, found in rates.items()}
     by_cpu = {name: spread([one.a_cpu_second for one in found]) for name, found in rates.items()}
     part: Part = {f"{name}_rps": found["median"] for name, found in by_clock.items()}
-    return {**part, "spread": by_clock, "per_cpu_s": by_cpu, "connections": _CONNECTIONS}
+    times = {
+        name: spread([own.a_second / other.a_second for own, other in zip(rates[ENDCAP], rates[name], strict=True)])
+        for name in (KSERVE, MLSERVER)
+    }
+    return {**part, "spread": by_clock, "per_cpu_s": by_cpu, "times": times, "connections": _CONNECTIONS}
+
+
+@contextlib.contextmanager
+def _all_running(bench: Bench, made: Made) -> Iterator[dict[str, Running]]:
+    """Every server, idle but for the one that is measured: what is compared is measured seconds apart, because a
+    machine that others use too gives now more and now less of its core."""
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(bench.serve(name, made)) for name in _SERVERS}
 
 
 def start(bench: Bench) -> Part:
     """How soon a server is ready, its package verified, and what it holds in memory after answering."""
     made = bench.sasrec()
     bodies = bench.bodies(made)
-    ready, memory = [], []
+    ready, used, memory = [], [], []
     for _ in range(bench.repeats):
         with bench.serve(ENDCAP, made) as running:
             ready.append(running.ready_s)
+            used.append(cpu_s(running.process))
             bench.closed(running, bodies)
             memory.append(memory_mb(running.process))
-    bench.say(f"ready after {statistics.median(ready):.2f} s, {statistics.median(memory):.0f} MB")
+    bench.say(
+        f"ready after {statistics.median(ready):.2f} s ({statistics.median(used):.2f} s of processor time), "
+        f"{statistics.median(memory):.0f} MB"
+    )
     return {"ready_s": statistics.median(ready), "rss_mb": statistics.median(memory),
-            "start": {"ready_s": spread(ready), "rss_mb": spread(memory)}}  # fmt: skip
+            "start": {"ready_s": spread(ready), "ready_cpu_s": spread(used), "rss_mb": spread(memory)}}  # fmt: skip
 
 
 def heavy(bench: Bench) -> Part:

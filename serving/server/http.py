@@ -91,6 +91,7 @@ class SheddingProtocol(HttpToolsProtocol):
         self._holds = False
         self._gone = False
         self._slow: TimerHandle | None = None
+        self._running: Any = None
         self._upgrade: bytes | None = None
         self._upgrade_at = 0
         self._unread_since_s: float | None = None
@@ -202,8 +203,16 @@ class SheddingProtocol(HttpToolsProtocol):
         cycle.keep_alive = False  # answer what was asked, then close
         return True
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._gone = True
+        self.pipeline.clear()
+        if self._running is not None:  # not always uvicorn's own, which is the one that came last
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._no_longer_slow()
         self.held.drop(self, _ANSWER)
         super().connection_lost(exc)

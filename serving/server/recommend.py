@@ -158,7 +158,7 @@ def parse_request(body: bytes, *, max_k: int) -> RecommendRequest:
 
 
 def _unknown(prefix: str, names: Iterable[str], known: Iterable[str]) -> InputError:
-    return InputError("unknown field", where=prefix + min(names)[:64],
+    return InputError("unknown field", where=prefix + (min(names)[:64] or '""'),
                       next_step=f"these are known: {', '.join(sorted(known))}")  # fmt: skip
 
 

@@ -192,6 +192,7 @@ HTTP: dict[str, tuple[str, bytes, tuple[tuple[str, str], ...], int, str]] = {
     "v1 gzip bomb": (V1, BOMB, GZIP, 415, "Content-Encoding"),
     "v1 unknown model": ("/v1/models/other:predict", v1([[1]]), NOTHING, 404, "model"),
     "recommend wrong name": (RECOMMEND, recommend(hystory=[]), NOTHING, 400, "hystory"),
+    "recommend name of nothing": (RECOMMEND, recommend(**{"": 1}), NOTHING, 400, '""'),
     "recommend no shopper": (RECOMMEND, b'{"history":[]}', NOTHING, 400, "shopper"),
     "recommend long shopper": (RECOMMEND, recommend(shopper="x" * 257), NOTHING, 400, "shopper"),
     "recommend history of numbers": (RECOMMEND, recommend(history=["104", 105]), NOTHING, 400, "history.1"),

@@ -101,6 +101,25 @@ def test_of_requests_sent_ahead_so_many_are_answered_and_then_the_connection_is_
     assert written.count(b"connection: close") == 1
 
 
+@pytest.mark.parametrize("ahead", [3, 1000])
+def test_who_goes_away_before_what_was_sent_ahead_is_answered_is_not_written_to(
+    ahead: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(app: App, protocol: SheddingProtocol, transport: Transport) -> None:
+        app.gate.clear()
+        protocol.data_received(GET * ahead)
+        await asyncio.sleep(0)
+        transport.closed = True
+        protocol.connection_lost(None)
+        app.gate.set()
+        async with asyncio.timeout(30):
+            while protocol.tasks:
+                await asyncio.sleep(0.001)
+
+    assert run(work).written == b""
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     "after", [b"\x00\x01", b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * MAX_HEAD_BYTES + b"\r\n\r\n"]
 )

@@ -126,8 +126,9 @@ def served(subject: Subject, folder: Path) -> Iterator[Server]:
     Raises:
         OutcomeError: it did not start.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = {name: folder / f"{name}.key" for name in ("admin", "impression")}
+    own = folder / subject.task.value  # others start beside this one
+    own.mkdir(parents=True, exist_ok=True)
+    keys = {name: own / f"{name}.key" for name in ("admin", "impression")}
     for key in keys.values():
         key.touch(mode=0o600)
         key.write_text("ab" * 32)

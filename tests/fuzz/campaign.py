@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import statistics
 import sys
@@ -21,7 +22,7 @@ import orjson
 
 from endcap.errors import OutcomeError
 from endcap.package import Task
-from endcap.processes import free_port, last_line, spawn, stop
+from endcap.processes import bind_to_parent, free_port, last_line, spawn, stop
 from serving.server import grpc_messages
 from tests.fuzz.mutations import changed_bytes, changed_json, grpc_frames, http_bytes
 from tests.fuzz.packages import VERSION, Subject, make_subject
@@ -174,13 +175,19 @@ def campaign(folder: Path, requests: int, *, seed: int, jobs: int, say: Callable
     for task in SHARES:
         make_subject(folder, task)  # here, one after the other: they share a signing key
     found = Findings()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_with_parent, initargs=(os.getpid(),)) as pool:
         parts = [pool.submit(_one_task, folder, task, round(requests * share), seed) for task, share in SHARES.items()]
         for part in as_completed(parts):
             told, more = part.result()
             say(told)
             found.add(more)
     return found
+
+
+def _with_parent(pid: int) -> None:
+    """End when the campaign does, however that ends."""
+    bind_to_parent(parent_pid=pid)
 
 
 def _one_task(folder: Path, task: Task, requests: int, seed: int) -> tuple[str, Findings]:

@@ -84,6 +84,10 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
         access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(path))
     with contextlib.closing(open_cluster(kubeconfig=str(access.kubeconfig))) as cluster:
         _until_served(cluster)
+    # Discovery, which the controller begins with, learns of a kind later than the kind is served.
+    told = "/apis/serving.kserve.io/v1beta1"
+    wait_until(lambda: '"inferenceservices"' in access.try_kubectl("get", "--raw", told).stdout,
+               "KServe's kinds are told of", deadline_s=120)  # fmt: skip
     access.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kserve"}})
     access.apply(_settings(source / "configmap" / "inferenceservice.yaml", gateway))
     authority = Authority(scratch / "pki")

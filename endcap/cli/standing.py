@@ -26,16 +26,6 @@ _BLOCK_BYTES = 1 << 16
 _LATE_S = 10.0
 """A look may take a while on a busy machine."""
 _LOOKING = (Phase.SHADOWING, Phase.OBSERVING, Phase.HOLDING)
-_PLACES = {
-    Phase.GATING: "is checked before any traffic",
-    Phase.PENDING: "waits before any traffic",
-    Phase.SHADOWING: "answers copies of requests",
-    Phase.GROWING: "gets ready for",
-    Phase.OBSERVING: "is observed at",
-    Phase.HOLDING: "is held at",
-    Phase.RETIRING: "has all traffic; the old version is retired",
-    Phase.RETURNING: "gives its traffic back",
-}
 
 
 def said(outcome: Outcome | None) -> str:
@@ -63,7 +53,7 @@ class Standing:
         who = f"{spec.name}: version {state.canary}"
         if state.ended:
             return f"{who} ended: {said(state.outcome)}"
-        place = _PLACES[state.phase]
+        place = state.phase.place
         if state.phase in (Phase.GROWING, Phase.OBSERVING, Phase.HOLDING):
             place = f"{place} {spec.steps[state.step].share:.0%} (step {state.step + 1} of {len(spec.steps)})"
         return f"{who} {place}" + (", paused" if state.paused_at_s is not None else "")

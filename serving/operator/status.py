@@ -16,16 +16,6 @@ from serving.rollout.state import Outcome, Phase, State
 
 __all__ = ["Condition", "conditions_of", "merged_conditions", "next_step", "stamp", "status_of"]
 
-_PLACES = {
-    Phase.GATING: "is checked before any traffic",
-    Phase.PENDING: "waits before any traffic",
-    Phase.SHADOWING: "answers copies of requests",
-    Phase.GROWING: "gets ready for",
-    Phase.OBSERVING: "is observed at",
-    Phase.HOLDING: "is held at",
-    Phase.RETIRING: "has all traffic; the old version is retired",
-    Phase.RETURNING: "gives its traffic back",
-}
 _ENDED = {
     Outcome.PROMOTED: "was promoted: all traffic is its own",
     Outcome.ROLLED_BACK: "was rolled back",
@@ -76,7 +66,7 @@ def headline(spec: RolloutSpec, state: State) -> str:
     share = spec.steps[state.step].share
     with_share = state.phase in (Phase.GROWING, Phase.OBSERVING, Phase.HOLDING)
     paused = " (paused)" if state.paused_at_s is not None else ""
-    return f"{who} {_PLACES[state.phase]}{f' {share:.0%}' if with_share else ''}{paused}"
+    return f"{who} {state.phase.place}{f' {share:.0%}' if with_share else ''}{paused}"
 
 
 def next_step(spec: RolloutSpec, state: State, rollout: str) -> str | None:

@@ -33,6 +33,23 @@ class Phase(StrEnum):
     """Stable's capacity, then all traffic back to it, then canary goes."""
     DONE = "done"
 
+    @property
+    def place(self) -> str:
+        """What people are told that the canary does meanwhile; a rollout that is done has its outcome instead."""
+        return _PLACES[self]
+
+
+_PLACES = {
+    Phase.GATING: "is checked before any traffic",
+    Phase.PENDING: "waits before any traffic",
+    Phase.SHADOWING: "answers copies of requests",
+    Phase.GROWING: "gets ready for",
+    Phase.OBSERVING: "is observed at",
+    Phase.HOLDING: "is held at",
+    Phase.RETIRING: "has all traffic; the old version is retired",
+    Phase.RETURNING: "gives its traffic back",
+}
+
 
 class Outcome(StrEnum):
     """How a rollout ends: the ``verdict`` of summary.json."""

@@ -16,6 +16,7 @@ import pytest
 
 from tests.cluster.access import KUBECONFIG_SETTING, Access
 from tests.cluster.cluster import Cluster, Kind, default_folder, why_not
+from tests.cluster.shop import Shop, open_shop
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,13 @@ def own_control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
     if (reason := why_not(Kind.CONTROL_PLANE)) is not None:
         unavailable(reason)
     yield from _started(Cluster(Path(tempfile.mkdtemp(prefix="endcap-cluster-"))), Kind.CONTROL_PLANE)
+
+
+@pytest.fixture(scope="session")
+def shop(full_cluster: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """A shop whose version 1 serves: each test finds what the one before it left to be served."""
+    with open_shop(full_cluster, tmp_path_factory.mktemp("shop")) as found:
+        yield found
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ RUNTIME = {
 
 
 def service(*, version: str = "1", replicas: int | None = 2, most: int | None = None, scaler: str = "none",
-            **more: Any) -> Json:  # fmt: skip
+            mode: str = "Standard", **more: Any) -> Json:  # fmt: skip
     """An InferenceService that can be rolled out on. ``more`` goes into the predictor."""
     predictor: Json = {
         "name": f"v{version}", "labels": {"endcap.dev/version": version},
@@ -44,7 +44,7 @@ def service(*, version: str = "1", replicas: int | None = 2, most: int | None = 
     return {
         "apiVersion": "serving.kserve.io/v1beta1", "kind": "InferenceService",
         "metadata": {"name": SERVICE, "namespace": NAMESPACE, "annotations": {
-            "serving.kserve.io/deploymentMode": "Standard", "serving.kserve.io/autoscalerClass": scaler}},
+            "serving.kserve.io/deploymentMode": mode, "serving.kserve.io/autoscalerClass": scaler}},
         "spec": {"predictor": predictor},
     }  # fmt: skip
 
@@ -103,7 +103,7 @@ class World:
             if self.kserve_runs:
                 for one in self._of("inferenceservices"):
                     try:
-                        self.standin.step(copy.deepcopy(one))
+                        self._reconcile(copy.deepcopy(one))
                     except ConflictError:
                         continue
             self._scale()
@@ -111,6 +111,9 @@ class World:
             if self.gateway_runs:
                 self._take_up_routes()
             self._look()
+
+    def _reconcile(self, service: Json) -> None:
+        self.standin.step(service)
 
     def until_serving(self) -> None:
         for _ in range(40):
@@ -211,7 +214,7 @@ class World:
             return
         predictor, canaries = made["spec"]["predictor"], made["spec"].get("canary") or []
         least, most = predictor.get("minReplicas", 1), predictor.get("maxReplicas", 0)
-        names = [predictor["name"], *(one["predictor"]["name"] for one in canaries)]
+        names = [predictor.get("name", ""), *(one["predictor"]["name"] for one in canaries)]
         refused = (
             "MinReplicas cannot be greater than MaxReplicas" if most and least > most else
             "canary minReplicas must not exceed stable predictor minReplicas"

@@ -22,11 +22,11 @@ from serving.targets.kserve import (
     Cluster,
     Delivery,
     Feedback,
-    KServeTarget,
     MLflowDelivery,
     PodScrapes,
     ServerTelemetry,
     Storage,
+    target_for,
 )
 
 __all__ = ["KServeOutfit"]
@@ -59,9 +59,10 @@ class KServeOutfit:
             name, label = self._named(spec.candidate)
             telemetry = ServerTelemetry(PodScrapes(), thresholds_ms=objectives.latency_thresholds_ms,
                                         feedback=self._feedback(objectives))  # fmt: skip
-            target = KServeTarget(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry,
-                                  policy=True)  # fmt: skip
+            target = target_for(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry,
+                                policy=True)  # fmt: skip
             target.check()  # what is not there is told before anything is written, the checkpoint among it
+            target.check_asked(sticky=spec.sticky, shadow=spec.shadow is not None, baseline=spec.baseline)
             source = self._source(spec, objectives, held)
             url = webhook_url(spec.webhook_from)
             notifier = None

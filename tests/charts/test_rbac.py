@@ -16,6 +16,7 @@ from tests.charts.conftest import CHART
 
 ROOT = Path(__file__).parents[2]
 TARGET, GATEWAY = "serving/targets/kserve/target.py", "serving/targets/kserve/gateway.py"
+SERVICE, KNATIVE = "serving/targets/kserve/service.py", "serving/targets/kserve/knative_target.py"
 STORE, DRIVE, RUN = "serving/operator/store.py", "serving/operator/drive.py", "serving/operator/run.py"
 Right = tuple[str, str, str]
 
@@ -32,13 +33,14 @@ USED: dict[Right, tuple[str, str]] = {
     ("", "configmaps", "create"): (STORE, "_api.create(config_map_path("),
     ("", "configmaps", "update"): (STORE, "_api.replace(path, made.to_object(rollout))"),
     ("", "events", "create"): ("serving/operator/events.py", "_api.create(events_path("),
-    ("", "pods", "list"): (TARGET, 'items(path_of("pods"'),
-    ("coordination.k8s.io", "leases", "get"): (TARGET, "_cluster.get(self._lease_path)"),
-    ("coordination.k8s.io", "leases", "create"): (TARGET, 'create(path_of("leases"'),
-    ("coordination.k8s.io", "leases", "update"): (TARGET, "replace(self._lease_path"),
+    ("", "pods", "list"): (SERVICE, 'items(path_of("pods"'),
+    ("coordination.k8s.io", "leases", "get"): (SERVICE, "_cluster.get(self._lease_path)"),
+    ("coordination.k8s.io", "leases", "create"): (SERVICE, 'create(path_of("leases"'),
+    ("coordination.k8s.io", "leases", "update"): (SERVICE, "replace(self._lease_path"),
     ("serving.kserve.io", "inferenceservices", "get"): (TARGET, "_cluster.get(self._path)"),
-    ("serving.kserve.io", "inferenceservices", "patch"): (TARGET, "_cluster.apply(self._path"),
-    ("serving.kserve.io", "inferenceservices/status", "patch"): (TARGET, 'f"{self._path}/status"'),
+    ("serving.kserve.io", "inferenceservices", "patch"): (SERVICE, "_cluster.apply(self._path"),
+    ("serving.kserve.io", "inferenceservices/status", "patch"): (SERVICE, 'f"{self._path}/status"'),
+    ("serving.knative.dev", "revisions", "list"): (KNATIVE, 'items(path_of("revisions"'),
     ("apps", "deployments", "get"): (TARGET, '_cluster.get(path_of("deployments"'),
     ("apps", "deployments", "list"): (TARGET, 'items(path_of("deployments"'),
     ("autoscaling", "horizontalpodautoscalers", "get"): (TARGET, "_cluster.get(hpa)"),
@@ -80,7 +82,8 @@ def test_every_kind_of_call_is_in_the_list() -> None:
         for method in calls.findall(path.read_text())
     }  # fmt: skip
     assert found == {
-        (TARGET, "create"), (TARGET, "replace"), (TARGET, "merge"), (TARGET, "apply"), (TARGET, "delete"),
+        (SERVICE, "create"), (SERVICE, "replace"), (SERVICE, "merge"), (SERVICE, "apply"), (TARGET, "apply"),
+        (TARGET, "delete"),
         (GATEWAY, "apply"), (STORE, "replace"), (STORE, "create"), (DRIVE, "merge"),
         ("serving/operator/events.py", "create"), ("serving/operator/lease.py", "create"),
         ("serving/operator/lease.py", "replace"),

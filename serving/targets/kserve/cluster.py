@@ -31,6 +31,7 @@ _CONNECTIONS = 96
 _GROUPS = {
     "inferenceservices": "apis/serving.kserve.io/v1beta1",
     "deployments": "apis/apps/v1",
+    "revisions": "apis/serving.knative.dev/v1",
     "leases": "apis/coordination.k8s.io/v1",
     "httproutes": "apis/gateway.networking.k8s.io/v1",
     "horizontalpodautoscalers": "apis/autoscaling/v2",

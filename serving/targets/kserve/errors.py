@@ -20,6 +20,8 @@ class Reason(StrEnum):
     NO_SPLIT = "KServeDoesNotSplit"
     EDITED = "EditedByHand"
     NO_KSERVE = "NoKServe"
+    NO_KNATIVE = "NoKnative"
+    SPLIT = "AlreadySplit"
 
 
 class ServiceError(InputError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -16,45 +15,56 @@ from serving.targets.kserve.names import FENCE_ANNOTATION, SHA256_ANNOTATION, VE
 from serving.targets.kserve.plan import Canary, Predictor, Rest, Spec, Workload
 from serving.targets.kserve.routes import OwnRoute
 
-__all__ = ["Record", "Service", "body_of", "read_record", "read_service", "trouble_of", "weights_of", "workload_of"]
+__all__ = [
+    "ObjectModel", "PredictorObject", "Record", "Service", "body_of", "model_body", "predictor_of", "read_record",
+    "read_service", "token_of", "trouble_of", "weights_of", "workload_of", "writers_of",
+]  # fmt: skip
 
 _STANDARD = "Standard"
 _MODE_ANNOTATION = "serving.kserve.io/deploymentMode"
 
 
-class _Model(BaseModel):
+class ObjectModel(BaseModel):
     """Of another's objects: what we do not need is left alone."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class _Format(_Model):
+class _Format(ObjectModel):
     name: str
     version: str | None = None
 
 
-class _ModelSpec(_Model):
+class _ModelSpec(ObjectModel):
     modelFormat: _Format | None = None  # noqa: N815 - as it is in the object
     runtime: str | None = None
     storageUri: str | None = None  # noqa: N815
 
+    @property
+    def format(self) -> dict[str, str]:
+        """As it is written."""
+        return {} if self.modelFormat is None else self.modelFormat.model_dump(exclude_none=True)
 
-class _Predictor(_Model):
+
+class PredictorObject(ObjectModel):
+    """``canaryTrafficPercent``: only in Knative mode; in Standard mode KServe ignores it."""
+
     name: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
     minReplicas: int | None = None  # noqa: N815
     maxReplicas: int | None = None  # noqa: N815
+    canaryTrafficPercent: int | None = None  # noqa: N815
     model: _ModelSpec | None = None
 
 
-class _Canary(_Model):
-    predictor: _Predictor
+class _Canary(ObjectModel):
+    predictor: PredictorObject
     trafficPercent: int = 0  # noqa: N815
 
 
-class _Spec(_Model):
-    predictor: _Predictor
+class _Spec(ObjectModel):
+    predictor: PredictorObject
     canary: list[_Canary] = Field(default_factory=list)
 
 
@@ -99,8 +109,8 @@ def read_service(document: Json | None, *, name: str, namespace: str) -> Service
     if annotations.get(_MODE_ANNOTATION) != _STANDARD:
         raise ServiceError(Reason.NOT_STANDARD, f"its deployment mode is {mode}, and KServe splits traffic only where "
                            f"the annotation {_MODE_ANNOTATION} says {_STANDARD}", where=where,
-                           next_step=f"make it anew with that annotation ({_MODE_ANNOTATION} cannot be changed), or "
-                           "annotate it with endcap.dev/mode: knative where Knative serves it")  # fmt: skip
+                           next_step=f"make it anew with that annotation ({_MODE_ANNOTATION} cannot be changed): "
+                           f"{_STANDARD}, or Knative where the cluster has Knative")  # fmt: skip
     try:
         spec = _Spec.model_validate(document.get("spec"))
     except ValidationError as error:
@@ -117,23 +127,23 @@ def read_service(document: Json | None, *, name: str, namespace: str) -> Service
     statuses = status.get("canaryStatuses") or ()
     ready = {str(one.get("name")) for one in statuses if one.get("ready") is True}
     conditions = {one.get("type"): one.get("status") for one in status.get("conditions") or ()}
-    canaries = tuple(Canary(_predictor(one.predictor), 0 if one.predictor.minReplicas is None
+    canaries = tuple(Canary(predictor_of(one.predictor), 0 if one.predictor.minReplicas is None
                             else one.predictor.minReplicas, one.trafficPercent) for one in spec.canary)  # fmt: skip
     return Service(
         name=name, namespace=namespace, uid=meta["uid"], resource_version=meta["resourceVersion"],
-        spec=Spec(_predictor(spec.predictor), spec.predictor.minReplicas, spec.predictor.maxReplicas, canaries),
-        model_format={k: v for k, v in model.modelFormat.model_dump().items() if v is not None},
+        spec=Spec(predictor_of(spec.predictor), spec.predictor.minReplicas, spec.predictor.maxReplicas, canaries),
+        model_format=model.format,
         ready=frozenset(one.predictor.label for one in canaries if one.predictor.name in ready),
-        token=_int((status.get("annotations") or {}).get(FENCE_ANNOTATION)),
+        token=token_of(status),
         is_ready=conditions.get("Ready") == "True",
         seen_by_kserve=bool(status.get("conditions")),
         own_route=_own_route(annotations),
         local=(meta.get("labels") or {}).get("networking.kserve.io/visibility") == "cluster-local",
-        writers=_writers(meta.get("managedFields") or ()),
+        writers=writers_of(meta),
     )  # fmt: skip
 
 
-def _predictor(one: _Predictor) -> Predictor:
+def predictor_of(one: PredictorObject) -> Predictor:
     model = one.model or _ModelSpec()
     labelled = VERSION_LABEL in one.labels
     return Predictor(label_of(one.name, one.labels), one.name, model.storageUri, model.runtime, labelled=labelled,
@@ -146,14 +156,16 @@ def _own_route(annotations: Mapping[str, str]) -> OwnRoute | None:
     return OwnRoute(gateway, names) if "/" in gateway and names else None
 
 
-def _int(text: object) -> int:
+def token_of(status: Json) -> int:
+    """The fence."""
+    text = (status.get("annotations") or {}).get(FENCE_ANNOTATION)
     return int(text) if isinstance(text, str) and text.isascii() and text.isdigit() else 0
 
 
-def _writers(managed: Iterable[Mapping[str, Any]]) -> str:
+def writers_of(meta: Json) -> str:
     """Who wrote the spec, newest first."""
     others = [
-        (str(one.get("time", "")), str(one.get("manager", "?"))) for one in managed
+        (str(one.get("time", "")), str(one.get("manager", "?"))) for one in meta.get("managedFields") or ()
         if one.get("manager") not in ("endcap", "manager") and not one.get("subresource")
     ]  # fmt: skip
     return ", ".join(f"{manager} at {at}" for at, manager in sorted(others, reverse=True)[:2])
@@ -163,7 +175,7 @@ def body_of(service: Service, spec: Spec) -> Json:
     """The fields of ``spec`` that are ours, for a server-side apply that fails when the service has changed since."""
     stable: Json = {
         "name": spec.stable.name,
-        "model": _model_body(service, spec.stable),
+        "model": model_body(service.model_format, spec.stable),
     }
     if spec.stable.labelled:  # a label that it did not have would restart its pods
         stable["labels"] = {VERSION_LABEL: spec.stable.label}
@@ -188,14 +200,14 @@ def _canary_body(service: Service, canary: Canary) -> Json:
     return {
         "predictor": {
             "name": one.name, "labels": {VERSION_LABEL: one.label}, "minReplicas": canary.replicas,
-            "annotations": {SHA256_ANNOTATION: one.sha256 or "none"}, "model": _model_body(service, one),
+            "annotations": {SHA256_ANNOTATION: one.sha256 or "none"}, "model": model_body(service.model_format, one),
         },
         "trafficPercent": canary.percent,
     }  # fmt: skip
 
 
-def _model_body(service: Service, one: Predictor) -> Json:
-    body: Json = {"modelFormat": dict(service.model_format), "storageUri": one.storage_uri}
+def model_body(model_format: Mapping[str, str], one: Predictor) -> Json:
+    body: Json = {"modelFormat": dict(model_format), "storageUri": one.storage_uri}
     return body if one.runtime is None else {**body, "runtime": one.runtime}
 
 

@@ -1,8 +1,7 @@
 """The second adapter: an InferenceService of KServe's in Standard mode, behind the Gateway API.
 
-Every write is a server-side apply of the fields that are ours, on the very object that the fence was read in: a writer
-that slept while another acquired the service is refused by the API server. What is to be written next is planned in
-:mod:`serving.targets.kserve.plan`; nothing is kept here that a new process would miss.
+What is to be written next is planned in :mod:`serving.targets.kserve.plan`; how it is written, and fenced, is said in
+:mod:`serving.targets.kserve.service`.
 """
 
 from __future__ import annotations
@@ -13,55 +12,28 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from endcap.errors import CapacityError, EndcapError, FencedError, InputError, TargetError, VerificationError
-from serving.targets.base import (
-    Counts,
-    ModelVersion,
-    Observation,
-    ShadowObservation,
-    StickyKey,
-    VersionObservation,
-)
+from endcap.errors import CapacityError, EndcapError, FencedError, InputError, TargetError
+from serving.targets.base import ModelVersion, StickyKey
 from serving.targets.kserve import plan
 from serving.targets.kserve.cluster import Cluster, Json, path_of
 from serving.targets.kserve.delivery import Delivery
 from serving.targets.kserve.errors import ConflictError, Reason, RefusedError, ServiceError
 from serving.targets.kserve.gateway import ensure_policy
-from serving.targets.kserve.names import (
-    BASELINE,
-    FENCE_ANNOTATION,
-    ISVC_LABEL,
-    REST_ANNOTATION,
-    VERSION_LABEL,
-    lease_name,
-    predictor_name,
-    workload_name,
-)
+from serving.targets.kserve.names import BASELINE, FENCE_ANNOTATION, ISVC_LABEL, predictor_name, workload_name
 from serving.targets.kserve.plan import Predictor, Sizing, Spec, There
-from serving.targets.kserve.reading import (
-    Record,
-    Service,
-    body_of,
-    read_record,
-    read_service,
-    trouble_of,
-    weights_of,
-    workload_of,
-)
+from serving.targets.kserve.reading import Service, body_of, read_service, trouble_of, weights_of, workload_of
 from serving.targets.kserve.routes import checked_sticky, route_body, route_name
-from serving.targets.kserve.telemetry import NoTelemetry, Telemetry
+from serving.targets.kserve.service import TRIES, ServiceTarget, said
+from serving.targets.kserve.telemetry import Telemetry
 from serving.targets.kserve.waits import Patience
 
 __all__ = ["KServeTarget"]
 
 log = logging.getLogger("endcap.target")
-_TRIES = 20
-"""Of a write that finds the object changed: KServe writes its status all the time while pods come and go."""
-_PACKAGE_EXIT = VerificationError.exit_code
 
 
-class KServeTarget:
-    """One service. Implements :class:`serving.targets.base.Target`; safe to use from one thread at a time.
+class KServeTarget(ServiceTarget[Service]):
+    """One service in Standard mode.
 
     ``delivery`` says where versions lie that are not served yet. ``fallback_runtime``: what serves a version that finds
     no GPU node (its latency is then judged as it is). ``policy``: tell Envoy Gateway to try again where a pod was lost
@@ -82,53 +54,13 @@ class KServeTarget:
         policy: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.service, self.namespace = service, namespace
-        self._cluster, self._delivery = cluster, delivery
-        self._telemetry: Telemetry = telemetry or NoTelemetry()
-        self._sizing, self._patience, self._fallback, self._policy = sizing, patience, fallback_runtime, policy
-        self._clock = clock
-        self._copied: dict[str, VersionObservation] = {}
-        """By version, what it did with copies of requests: that is no shopper's."""
-        self._where = f"inferenceservice {namespace}/{service}"
+        super().__init__(cluster, service, namespace, delivery, telemetry=telemetry, patience=patience, clock=clock)
+        self._sizing, self._fallback, self._policy = sizing, fallback_runtime, policy
 
     # ---- what may be asked ----
 
-    def acquire(self, holder: str) -> int:
-        """See :class:`~serving.targets.base.Target`.
-
-        Raises:
-            ServiceError: there is nothing here that a rollout could be done on; nothing was changed.
-        """
-        self.check()
-        if self._policy and (why_not := ensure_policy(self._cluster, self.service, self.namespace)) is not None:
-            log.warning("the gateway is not told to try again where a pod was lost: %s", why_not)
-        for _ in range(_TRIES):
-            lease, service = self._lease(), self._read()
-            token = max(_transitions(lease), service.token) + 1
-            spec = {"holderIdentity": holder[:200], "leaseTransitions": token, "acquireTime": _micro(self._clock())}
-            try:
-                if lease is None:
-                    self._cluster.create(path_of("leases", self.namespace), self._new_lease(spec))
-                else:
-                    self._cluster.replace(self._lease_path, {**lease, "spec": {**(lease.get("spec") or {}), **spec}})
-                self._cluster.merge(
-                    f"{self._path}/status",
-                    {"metadata": {"resourceVersion": service.resource_version},
-                     "status": {"annotations": {FENCE_ANNOTATION: str(token)}}},
-                )  # fmt: skip
-            except ConflictError:
-                self._patience.sleep(0.05)
-                continue
-            self._put_route(token, self._header(), self._copies())  # what an older writer read of it is old too
-            return token
-        raise TargetError("it is written too often for a token to be taken", where=self._where)
-
     def check(self) -> None:
-        """What has to be there before anything is changed.
-
-        Raises:
-            ServiceError: something of it is not; it says what, and what to do.
-        """
+        """See :class:`.ServiceTarget`."""
         service = self._read()
         routes = self._cluster.items(path_of("httproutes", self.namespace), limit="1")
         if routes is None:
@@ -160,8 +92,7 @@ class KServeTarget:
         except EndcapError:
             self._undo(before, token)
             raise
-        with contextlib.suppress(EndcapError):
-            self._telemetry.read(self._service_pods())  # counting begins before the first request
+        self._begin_counting()
 
     def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
         """See :class:`~serving.targets.base.Target`."""
@@ -200,7 +131,7 @@ class KServeTarget:
 
     def retire(self, label: str, *, token: int) -> None:
         """See :class:`~serving.targets.base.Target`. That of stable, when a canary has all the traffic, promotes it."""
-        there, _ = self._there(token, back=True)
+        there, service = self._there(token, back=True)
         canary = there.spec.canary(label)
         if there.spec.stable.label == label:
             self._until_served([one.predictor.label for one in there.spec.canaries if one.percent == 100], token)
@@ -209,30 +140,8 @@ class KServeTarget:
         elif canary is not None:
             self._write(token, lambda now: plan.retire(now, label), back=True)
             self._until_gone(canary.predictor, token)
-
-    def observe(self, *, shoppers_since_s: float | None = None) -> Observation:
-        """See :class:`~serving.targets.base.Target`. ``shares`` are those set; who received what is counted."""
-        there, service = self._now()
-        spec = there.spec
-        labels = [spec.stable.label, *(canary.predictor.label for canary in spec.canaries)]
-        counted = self._telemetry.observe(self._service_pods(), shoppers_since_s=shoppers_since_s)
-        copies = self._copies() if service.own_route is not None else None
-        versions: dict[str, VersionObservation] = {}
-        shadow = None
-        for label in dict.fromkeys([*counted.versions, *labels]):
-            canary, workload = spec.canary(label), there.workloads.get(label)
-            seen = counted.version(label)
-            if copies and canary and workload_name(self.service, canary.predictor.name) == copies[0]:
-                self._copied[label] = seen
-                shadow = ShadowObservation(label, seen.attempts, seen.within_ms, pairs=seen.attempts.good)
-            versions[label] = replace(
-                _beside(seen, self._copied.get(label)),
-                ready_replicas=0 if workload is None else workload.serving,
-                replicas=canary.replicas if canary else 0 if workload is None else workload.wanted,
-            )
-        shares = {label: percent / 100 for label, percent in spec.percents.items() if percent > 0}
-        outcomes = sum((one.requests for one in versions.values()), Counts())
-        return Observation(self._clock(), shares, versions, outcomes, counted.window_s, shadow)
+        else:
+            self._settle(service, there.spec)  # who was killed before may not have come to that
 
     # ---- the ways of these ----
 
@@ -257,33 +166,11 @@ class KServeTarget:
     def _grow(self, token: int, versions: Mapping[str, Predictor], needed: Mapping[str, int], *, back: bool) -> None:
         unplaced: dict[str, float] = {}
 
-        def look() -> bool | None:
-            there, service = self._there(token, back=back)
+        def wished(there: There, service: Service) -> Spec:
             wish = plan.grow(there, versions, needed)
-            if wish == there.spec:
-                wish = self._without_gpu(there, needed, unplaced)
-            if wish != there.spec:
-                self._apply(service, wish, token)
-                return None
-            if not plan.short_of(there, needed):
-                return True
-            self._check_starting(there, needed)
-            return None
+            return self._without_gpu(there, needed, unplaced) if wish == there.spec else wish
 
-        patience = self._patience
-        if patience.until(lambda: _retried(look), within_s=patience.capacity_s):
-            return
-        there, _ = self._there(token, back=back)
-        missing = plan.short_of(there, needed)
-        if not missing:
-            return
-        label = next(iter(missing))
-        reason, _, _ = trouble_of(self._pods_of(there.spec, label))
-        raise CapacityError(
-            f"version {label} has {there.available(label)} of {needed[label]} replicas after "
-            f"{patience.capacity_s:g} s: {_readable(reason)}", where=self._where,
-            next_step="see kubectl describe pods -l " + f"{VERSION_LABEL}={label}",
-        )  # fmt: skip
+        self._until_grown(token, needed, wished, back=back)
 
     def _without_gpu(self, there: There, needed: Mapping[str, int], unplaced: dict[str, float]) -> Spec:
         """The wish that serves a version by the other runtime, when no GPU node has come for it; else what is there."""
@@ -304,16 +191,6 @@ class KServeTarget:
                 canaries = tuple(other if one is canary else one for one in spec.canaries)
                 spec = replace(spec, canaries=canaries)
         return spec
-
-    def _check_starting(self, there: There, needed: Mapping[str, int]) -> None:
-        """Give up at once on a server that ends while it starts, however long one may wait for a node."""
-        for label in plan.short_of(there, needed):
-            reason, restarts, code = trouble_of(self._pods_of(there.spec, label))
-            if code is None or restarts < self._patience.restarts:
-                continue
-            kind = VerificationError if code == _PACKAGE_EXIT else CapacityError
-            raise kind(f"version {label} does not start: {reason}", where=self._where,
-                       next_step=f"see kubectl logs --previous -l {VERSION_LABEL}={label}")  # fmt: skip
 
     def _undo(self, before: Spec, token: int) -> None:
         """Take back what an attempt at capacity asked for; shares were never touched."""
@@ -336,22 +213,6 @@ class KServeTarget:
         except EndcapError as error:  # the first error is the one to report
             log.error("what was asked for could not be taken back: %s", error)
 
-    def _until_served(self, labels: list[str], token: int) -> None:
-        """Each version that is to get requests has a pod that KServe sends them to: else stable gets them, silently."""
-
-        def look() -> There | None:
-            there, _ = self._there(token, back=True)
-            stable = there.spec.stable.label
-            ok = all(there.available(one) > 0 and (one == stable or one in there.ready) for one in labels)
-            return there if ok else None
-
-        if self._patience.until(look, within_s=self._patience.healthy_s) is None:
-            there, _ = self._there(token, back=True)
-            held = (*there.ready, there.spec.stable.label)
-            short = [one for one in labels if there.available(one) == 0 or one not in held]
-            raise CapacityError(f"version {', '.join(short or labels)} has no ready replica", where=self._where,
-                                next_step="ensure its capacity first")  # fmt: skip
-
     def _until_routed(self, given: Mapping[str, int], token: int) -> None:
         wanted = {label: percent for label, percent in given.items() if percent > 0}
         seen: dict[str, int] | None = None
@@ -371,12 +232,12 @@ class KServeTarget:
             raise CapacityError(f"version {', '.join(lost)} is not ready any more, and KServe gives its share to "
                                 "stable", where=self._where)  # fmt: skip
         if seen == {there.spec.stable.label: 100} and there.spec.canaries and self._own() is None:
-            raise ServiceError(Reason.NO_SPLIT, f"{_said(wanted)} was set, and KServe's route still sends all to "
+            raise ServiceError(Reason.NO_SPLIT, f"{said(wanted)} was set, and KServe's route still sends all to "
                                f"version {there.spec.stable.label}", where=self._where,
                                next_step="KServe splits traffic in Standard mode from 0.21 on: see whether its "
                                "controller runs, and which version it is")  # fmt: skip
-        raise TargetError(f"{_said(wanted)} was set, and after {self._patience.route_s:g} s the route says "
-                          f"{'nothing that the gateway has accepted' if seen is None else _said(seen)}",
+        raise TargetError(f"{said(wanted)} was set, and after {self._patience.route_s:g} s the route says "
+                          f"{'nothing that the gateway has accepted' if seen is None else said(seen)}",
                           where=f"httproute {self.namespace}/{self.service}",
                           next_step="see whether KServe's controller and the gateway run")  # fmt: skip
 
@@ -408,7 +269,7 @@ class KServeTarget:
 
     def _put_route(self, token: int, sticky: str | None, copies: tuple[str, float] | None) -> None:
         """The route as the service's spec has the shares; fenced as the service is."""
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             there, service = self._there(token, back=True)
             if service.own_route is None:
                 return
@@ -421,9 +282,9 @@ class KServeTarget:
                               token=token)  # fmt: skip
             known = self._own()
             if known is not None:
-                said = (known["metadata"].get("annotations") or {}).get(FENCE_ANNOTATION, "0")
-                if said.isdigit() and int(said) > token:
-                    raise FencedError(f"token {token} is not in force: {said} is", where=self._own_path)
+                fence = (known["metadata"].get("annotations") or {}).get(FENCE_ANNOTATION, "0")
+                if fence.isdigit() and int(fence) > token:
+                    raise FencedError(f"token {token} is not in force: {fence} is", where=self._own_path)
                 body["metadata"]["resourceVersion"] = known["metadata"]["resourceVersion"]
             with contextlib.suppress(ConflictError):
                 self._cluster.apply(self._own_path, body)
@@ -455,26 +316,10 @@ class KServeTarget:
         if self._cluster.get(hpa) is not None:
             self._cluster.delete(hpa)
 
-    # ---- what is there ----
-
-    @property
-    def _path(self) -> str:
-        return path_of("inferenceservices", self.namespace, self.service)
-
-    @property
-    def _lease_path(self) -> str:
-        return path_of("leases", self.namespace, lease_name(self.service))
+    # ---- what is there, and how it is written ----
 
     def _read(self) -> Service:
         return read_service(self._cluster.get(self._path), name=self.service, namespace=self.namespace)
-
-    def _lease(self) -> Json | None:
-        return self._cluster.get(self._lease_path)
-
-    def _record(self, service: Service) -> Record:
-        lease = self._lease() or {}
-        text = (lease.get("metadata", {}).get("annotations") or {}).get(REST_ANNOTATION)
-        return read_record(text, uid=service.uid, where=f"lease {self.namespace}/{lease_name(self.service)}")
 
     def _route(self) -> Json | None:
         return self._cluster.get(path_of("httproutes", self.namespace, self.service))
@@ -489,30 +334,7 @@ class KServeTarget:
             one.label: by_name[name] for one in predictors
             if (name := workload_name(self.service, one.name)) in by_name
         }  # fmt: skip
-        return There(spec, workloads, service.ready, self._record(service).rest), service
-
-    def _there(self, token: int, *, back: bool = False) -> tuple[There, Service]:
-        """What is there, if ``token`` is in force and nobody else has changed what is ours.
-
-        ``back``: on the way to stable alone, what was done to canaries by hand is no obstacle.
-        """
-        there, service = self._now()
-        if service.token != token:
-            raise FencedError(f"token {token} is not in force: {service.token} is", where=self._where,
-                              next_step="acquire the target again")  # fmt: skip
-        wishes = self._record(service).wishes
-        if wishes and there.spec not in wishes:
-            same = any(wish.stable == there.spec.stable for wish in wishes)
-            if not (back and same):
-                changed = _changes(wishes[-1], there.spec)
-                by = f" ({service.writers})" if service.writers else ""
-                raise ServiceError(Reason.EDITED, f"somebody else changed what the rollout is about: {changed}{by}",
-                                   where=self._where, next_step="put it back, or abort the rollout and start another "
-                                   "from what serves now")  # fmt: skip
-        return there, service
-
-    def _service_pods(self) -> list[Json]:
-        return self._cluster.items(path_of("pods", self.namespace), labels={ISVC_LABEL: self.service}) or []
+        return There(spec, workloads, service.ready, self._record(service.uid).rest), service
 
     def _pods_of(self, spec: Spec, label: str) -> list[Json]:
         canary = spec.canary(label)
@@ -520,119 +342,37 @@ class KServeTarget:
         app = f"isvc.{workload_name(self.service, one.name)}"
         return [pod for pod in self._service_pods() if (pod["metadata"].get("labels") or {}).get("app") == app]
 
-    # ---- writing ----
+    def _trouble(self, there: There, service: Service, label: str) -> tuple[str, int, int | None]:
+        return trouble_of(self._pods_of(there.spec, label))
 
-    def _write(self, token: int, planned: Callable[[There], Spec], *, back: bool = False) -> Spec:
-        """Plan on what is there and write it, again when somebody wrote in between. What is there already is not."""
-        for _ in range(_TRIES):
-            there, service = self._there(token, back=back)
-            wish = planned(there)
-            if wish == there.spec:
-                self._settle(service, wish)
-                return wish
-            with contextlib.suppress(ConflictError):
-                self._apply(service, wish, token)
-                self._settle(service, wish)
-                return wish
-            self._patience.sleep(0.05)
-        raise TargetError("it is written too often for a change of ours to get through", where=self._where)
+    def _body(self, service: Service, wish: Spec) -> Json:
+        return body_of(service, wish)
 
     def _apply(self, service: Service, wish: Spec, token: int) -> None:
-        record = self._record(service)
-        rest = record.rest
-        if rest is None and wish.canaries:
-            there, _ = self._now()
-            rest = plan.begin_rest(there)
-        self._keep(replace(record, rest=rest, wishes=(service.spec, wish)), token)
         try:
-            self._cluster.apply(self._path, body_of(service, wish))
+            super()._apply(service, wish, token)
         except RefusedError as error:
             if "canary" in error.what and "not declared in schema" in error.what:
                 raise ServiceError(Reason.NO_SPLIT, "KServe here knows no canary in Standard mode", where=self._where,
                                    next_step="upgrade KServe to 0.21 or newer") from error  # fmt: skip
             raise
 
-    def _settle(self, service: Service, wish: Spec) -> None:
-        """With no canary left the rollout is over, and what it was begun from is forgotten."""
-        record = self._record(service)
-        if not wish.canaries and (record.rest is not None or record.wishes):
-            self._keep(Record(service.uid), service.token)
+    def _before_taken(self) -> None:
+        if self._policy and (why_not := ensure_policy(self._cluster, self.service, self.namespace)) is not None:
+            log.warning("the gateway is not told to try again where a pod was lost: %s", why_not)
 
-    def _keep(self, record: Record, token: int) -> None:
-        lease = self._lease()
-        if lease is None:
-            raise TargetError("its Lease is gone", where=f"lease {self.namespace}/{lease_name(self.service)}",
-                              next_step="acquire the target again")  # fmt: skip
-        if _transitions(lease) != token:
-            raise FencedError(f"token {token} is not in force: {_transitions(lease)} is", where=self._where)
-        metadata = lease["metadata"]
-        annotations = {**(metadata.get("annotations") or {}), REST_ANNOTATION: record.to_text()}
-        self._cluster.replace(self._lease_path, {**lease, "metadata": {**metadata, "annotations": annotations}})
+    def _taken(self, token: int) -> None:
+        self._put_route(token, self._header(), self._copies())  # what an older writer read of it is old too
 
-    def _new_lease(self, spec: Json) -> Json:
-        return {
-            "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "spec": spec,
-            "metadata": {"name": lease_name(self.service), "namespace": self.namespace,
-                         "labels": {"app.kubernetes.io/part-of": "endcap", "endcap.dev/service": self.service}},
-        }  # fmt: skip
+    def _copies_of(self, there: There, service: Service) -> str | None:
+        copies = self._copies() if service.own_route is not None else None
+        if copies is None:
+            return None
+        named = (one.predictor for one in there.spec.canaries)
+        return next((one.label for one in named if workload_name(self.service, one.name) == copies[0]), None)
 
 
 def _no_own_route(what: str) -> InputError:
     return InputError(f"KServe's routes cannot {what}", next_step="leave it out, or have endcap make the service's "
                       "route: label it networking.kserve.io/visibility: cluster-local, and annotate it with "
                       "endcap.dev/gateway and endcap.dev/hostnames")  # fmt: skip
-
-
-def _beside(seen: VersionObservation, copied: VersionObservation | None) -> VersionObservation:
-    """``seen`` without what was copies of requests."""
-    if copied is None:
-        return seen
-    within = {ms: _less(counts, copied.within_ms.get(ms, Counts())) for ms, counts in seen.within_ms.items()}
-    return replace(seen, attempts=_less(seen.attempts, copied.attempts), requests=_less(seen.requests, copied.requests),
-                   first_attempts=_less(seen.first_attempts, copied.first_attempts), within_ms=within)  # fmt: skip
-
-
-def _less(all_of: Counts, some: Counts) -> Counts:
-    good = max(0, all_of.good - some.good)
-    return Counts(good, good + max(0, (all_of.total - all_of.good) - (some.total - some.good)))
-
-
-def _retried(look: Callable[[], bool | None]) -> bool | None:
-    """``look``, to be repeated where somebody wrote in between."""
-    try:
-        return look()
-    except ConflictError:
-        return None
-
-
-def _transitions(lease: Json | None) -> int:
-    return int(((lease or {}).get("spec") or {}).get("leaseTransitions") or 0)
-
-
-def _micro(at_s: float) -> str:
-    whole, part = divmod(at_s, 1)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{int(part * 1e6):06d}Z"
-
-
-def _said(given: Mapping[str, int]) -> str:
-    return ", ".join(f"{percent} % for version {label}" for label, percent in given.items())
-
-
-def _readable(reason: str) -> str:
-    """The scheduler's "0/3 nodes are available" as people say it."""
-    return reason.replace("/", " of ", 1) if reason[:1].isdigit() and " nodes are available" in reason else reason
-
-
-def _changes(wish: Spec, now: Spec) -> str:
-    found = []
-    if wish.stable != now.stable:
-        found.append(f"the predictor is version {now.stable.label} ({now.stable.storage_uri}), and was "
-                     f"{wish.stable.label} ({wish.stable.storage_uri})")  # fmt: skip
-    if wish.canaries != now.canaries:
-        shown = [", ".join(f"version {c.predictor.label}: {c.replicas} replicas, {c.percent} %" for c in one.canaries)
-                 or "none" for one in (now, wish)]  # fmt: skip
-        found.append(f"the canaries are {shown[0]}, and were {shown[1]}")
-    if (wish.min_replicas, wish.max_replicas) != (now.min_replicas, now.max_replicas):
-        found.append(f"minReplicas is {now.min_replicas} and maxReplicas {now.max_replicas}, and they were "
-                     f"{wish.min_replicas} and {wish.max_replicas}")  # fmt: skip
-    return "; ".join(found)

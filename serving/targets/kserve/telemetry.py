@@ -38,7 +38,7 @@ from serving.targets.kserve.names import VERSION_LABEL
 
 __all__ = [
     "SERVER_NAMES", "Counted", "Feedback", "GatewayCounts", "NoTelemetry", "PodScrapes", "Scrape", "Scrapes",
-    "ServerTelemetry", "Telemetry", "born_s", "compared",
+    "ServerTelemetry", "Telemetry", "born_s", "compared", "is_ready",
 ]  # fmt: skip
 
 log = logging.getLogger("endcap.target")
@@ -121,7 +121,7 @@ class PodScrapes:
         with ThreadPoolExecutor(min(_PARALLEL, len(asked))) as pool:
             found = list(pool.map(lambda pod: self._scrape(pod, at_s), asked))
         answers = [one for one in found if isinstance(one, Scrape)]
-        if not answers and any(_is_ready(pod) for pod in asked):
+        if not answers and any(is_ready(pod) for pod in asked):
             raise next(one for one in found if isinstance(one, SourceError))
         return answers
 
@@ -331,7 +331,7 @@ def _version(pod: Json) -> str | None:
     return (pod["metadata"].get("labels") or {}).get(VERSION_LABEL)
 
 
-def _is_ready(pod: Json) -> bool:
+def is_ready(pod: Json) -> bool:
     conditions = (pod.get("status") or {}).get("conditions") or ()
     return any(one.get("type") == "Ready" and one.get("status") == "True" for one in conditions)
 

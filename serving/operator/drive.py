@@ -53,13 +53,18 @@ _REPEATED_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """What an engine needs beside its spec. ``close`` lets go of connections."""
+    """What an engine needs beside its spec. ``close`` lets go of connections.
+
+    ``check`` is called before a rollout begins, and not when one is gone on with: it raises InputError for what the
+    target lacks, or can never do, before anything is written.
+    """
 
     target: Target
     candidate: ModelVersion
     gates: Gatekeeper | None = None
     source: CountSource | None = None
     tell: Callable[[Decision], None] | None = None
+    check: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
 
 
@@ -191,6 +196,8 @@ class Drive:
         else:
             spec, objectives = _with_what_may_change(seen, found), found.objectives
         equipment = self._equipment = self._outfit(self.key.namespace, spec, objectives)
+        if found is None or anew:
+            equipment.check()
         self._store = ConfigMapStore(self._api, self._seen, fence=self._fence, before_first=self._hold,
                                      show=self._show, anew=anew)  # fmt: skip
         engine = Engine(spec, objectives, equipment.candidate, equipment.target, self._store, Anywhere(),

@@ -61,17 +61,20 @@ class KServeOutfit:
                                         feedback=self._feedback(objectives))  # fmt: skip
             target = target_for(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry,
                                 policy=True)  # fmt: skip
-            target.check()  # what is not there is told before anything is written, the checkpoint among it
-            target.check_asked(sticky=spec.sticky, shadow=spec.shadow is not None, baseline=spec.baseline)
             source = self._source(spec, objectives, held)
             url = webhook_url(spec.webhook_from)
             notifier = None
             if url is not None:
                 folder = Path(self._settings.registry_cache) / "notices" / namespace / spec.name
                 notifier = held.enter_context(Notifier(url, spec, folder, flush_s=1.0))
+
+            def check() -> None:
+                target.check()
+                target.check_asked(sticky=spec.sticky, shadow=spec.shadow is not None, baseline=spec.baseline)
+
             return Equipment(
                 target, ModelVersion(label, Path(label)), self._gates(name, spec, objectives, namespace), source,
-                None if notifier is None else notifier.tell, held.pop_all().close,
+                None if notifier is None else notifier.tell, check, held.pop_all().close,
             )  # fmt: skip
 
     def _named(self, candidate: str) -> tuple[str, str]:

@@ -115,6 +115,18 @@ def run_rollout(
         return engine.run()
 
 
+class AlreadyRollingError(InputError):
+    """Another rollout, or a person, has split the service's traffic."""
+
+    reason = "AlreadyRolling"
+
+
+_END_THE_OTHER = (
+    "abort the rollout that did it; where its record is lost, give all traffic to one version: endcap serve restore "
+    "VERSION, or on KServe take spec.canary out of the InferenceService"
+)
+
+
 class Engine:
     """One rollout, in a store that the caller holds. :meth:`run` it, or :meth:`open` it and :meth:`step` when due.
 
@@ -223,13 +235,11 @@ class Engine:
         if served == [self._candidate.label]:
             raise InputError(f"version {self._candidate.label} is what is served already")
         if len(served) != 1:
-            raise InputError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
-                             next_step="end the rollout that split it: endcap rollout abort FOLDER; where that folder "
-                             "is lost, endcap serve restore VERSION gives all of it to one version")  # fmt: skip
+            raise AlreadyRollingError(f"traffic is split over versions {', '.join(sorted(served)) or 'none'}",
+                                      next_step=_END_THE_OTHER)  # fmt: skip
         if seen.shadow is not None:
-            raise InputError(f"requests are copied to version {seen.shadow.version}",
-                             next_step="end the rollout that copies them: endcap rollout abort FOLDER; where that "
-                             "folder is lost, endcap serve restore VERSION ends the copying")  # fmt: skip
+            raise AlreadyRollingError(f"requests are copied to version {seen.shadow.version}",
+                                      next_step=_END_THE_OTHER)  # fmt: skip
         stable = served[0]
         if stable not in self._packages:
             raise InputError(f"where version {stable}'s package is, is not known", where="what is served now")
@@ -403,8 +413,11 @@ class Engine:
         return measured(seen, counts)
 
     def _be_patient(self, error: EndcapError) -> None:
-        """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with."""
-        if not self._is_patient():
+        """Raise ``error`` when nothing has worked for too long; the rollout then waits on disk to be gone on with.
+
+        What only a person can put right (the service was deleted) is raised at once: waiting mends nothing.
+        """
+        if isinstance(error, InputError) or not self._is_patient():
             raise error
 
     def _is_patient(self) -> bool:

@@ -7,15 +7,19 @@ Where none can be had, the test is skipped with the reason in one line; in CI (`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from serving.targets.kserve import Cluster as KServeCluster
+from tests.cluster import programs
 from tests.cluster.access import KUBECONFIG_SETTING, Access
 from tests.cluster.cluster import Cluster, Kind, default_folder, why_not
+from tests.cluster.kserve import kserve
 from tests.cluster.shop import Shop, open_shop
 
 
@@ -40,9 +44,34 @@ def own_control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clus
 
 
 @pytest.fixture(scope="session")
-def shop(full_cluster: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
-    """A shop whose version 1 serves: each test finds what the one before it left to be served."""
-    with open_shop(full_cluster, tmp_path_factory.mktemp("shop")) as found:
+def kserve_on() -> Iterator[Callable[[Access], KServeCluster]]:
+    """KServe at work on a cluster until the tests end: once, whoever asks for it."""
+    known: dict[Path, KServeCluster] = {}
+    with contextlib.ExitStack() as held:
+
+        def ensure(access: Access) -> KServeCluster:
+            if access.kubeconfig not in known:
+                crds = programs.ensure_documents(programs.GATEWAY_CRDS)
+                if access.try_kubectl("get", "crd", "httproutes.gateway.networking.k8s.io").returncode != 0:
+                    access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+                known[access.kubeconfig] = held.enter_context(kserve(access))
+            return known[access.kubeconfig]
+
+        yield ensure
+
+
+@pytest.fixture(scope="session")
+def kserve_objects(control_plane: Access, kserve_on: Callable[[Access], KServeCluster]) -> KServeCluster:
+    """KServe on ``control_plane``: whether pods run is not promised."""
+    return kserve_on(control_plane)
+
+
+@pytest.fixture(scope="session")
+def shop(
+    full_cluster: Access, kserve_on: Callable[[Access], KServeCluster], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shop]:
+    """A shop that serves: each test finds what the one before it left to be served."""
+    with open_shop(full_cluster, kserve_on(full_cluster), tmp_path_factory.mktemp("shop")) as found:
         yield found
 
 

@@ -6,21 +6,54 @@ Deployments, autoscalers, garbage collection, admission and server-side apply ar
 from __future__ import annotations
 
 import contextlib
+import http.server
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from endcap.errors import EndcapError
 from serving.targets.kserve.cluster import Cluster, path_of
+from tests.kserve_world import RUNTIME
 
 Json = dict[str, Any]
+METRICS_PORT = 8080
+
+
+@contextlib.contextmanager
+def furnished(cluster: Cluster, namespace: str) -> Iterator[Fakes]:
+    """A namespace with what services need to get ready: a runtime, the volume with models, and the fakes."""
+    cluster.create(f"/apis/serving.kserve.io/v1alpha1/namespaces/{namespace}/servingruntimes", RUNTIME)
+    volume = {"accessModes": ["ReadOnlyMany"], "storageClassName": "", "volumeName": f"models-{namespace}"}
+    cluster.create("/api/v1/persistentvolumes", {
+        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"models-{namespace}"},
+        "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadOnlyMany"], "hostPath": {"path": "/tmp"},
+                 "persistentVolumeReclaimPolicy": "Retain", "storageClassName": ""}})  # fmt: skip
+    cluster.create(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims", {
+        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
+        "spec": {**volume, "resources": {"requests": {"storage": "1Gi"}}}})  # fmt: skip
+    with Fakes(cluster, namespace) as found:
+        yield found
+    cluster.delete(f"/api/v1/persistentvolumes/models-{namespace}")
+
+
+class _Metrics(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'endcap_server_attempts_total{route="recommend",outcome="answered"} 0\n'
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
 
 
 class Fakes:
     """Keeps a node, its pods and the routes of one namespace as real ones would, until :meth:`stop`.
 
-    ``behaviour``: by version, None for a pod that gets ready, or its container's exit code.
+    ``behaviour``: by version, None for a pod that gets ready, or its container's exit code. What its pods tell of
+    themselves is that nobody has asked them anything.
     """
 
     def __init__(
@@ -29,14 +62,20 @@ class Fakes:
         self._cluster, self._namespace, self.behaviour = cluster, namespace, behaviour
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fakes", daemon=True)
+        self._address = f"127.{secrets.randbelow(250) + 2}.{secrets.randbelow(250) + 2}.2"
+        """An address of this machine's own, for a port that is always the same."""
+        self._metrics = http.server.ThreadingHTTPServer((self._address, METRICS_PORT), _Metrics)
 
     def __enter__(self) -> Fakes:
         self._thread.start()
+        threading.Thread(target=self._metrics.serve_forever, name="metrics", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join(timeout=30)
+        self._metrics.shutdown()
+        self._metrics.server_close()
 
     def _run(self) -> None:
         while not self._stopping.wait(0.2):
@@ -82,7 +121,7 @@ class Fakes:
                 last = {"terminated": {"exitCode": code, "message": "it said so", "startedAt": now, "finishedAt": now}}
             container = pod["spec"]["containers"][0]
             self._cluster.merge(f"{path}/status", {"status": {
-                "phase": "Running", "podIP": "127.0.0.1", "startTime": now, "conditions": conditions,
+                "phase": "Running", "podIP": self._address, "startTime": now, "conditions": conditions,
                 "containerStatuses": [{
                     "name": container["name"], "image": container["image"], "imageID": "", "ready": code is None,
                     "restartCount": 0 if code is None else 5, "state": state, "lastState": last,

@@ -23,7 +23,7 @@ import yaml
 from serving.targets.kserve import Cluster
 from serving.targets.kserve.cluster import path_of
 from tests.cluster.access import Access
-from tests.cluster.kserve import DOMAIN, GATEWAY, kserve
+from tests.cluster.kserve import DOMAIN, GATEWAY
 from tests.cluster.kserve_load import Shoppers
 from tests.cluster.test_chart import CHART, RELEASE, helm
 from tests.cluster.test_chart_pods import keys_secret, volume
@@ -147,7 +147,7 @@ class Shop:
 
 
 @contextlib.contextmanager
-def open_shop(access: Access, root: Path) -> Iterator[Shop]:
+def open_shop(access: Access, cluster: Cluster, root: Path) -> Iterator[Shop]:
     """All of it, with version 1 serving."""
     models = root / "models"
     for label in GOOD:
@@ -168,7 +168,6 @@ def open_shop(access: Access, root: Path) -> Iterator[Shop]:
              {"name": "http", "port": 80, "protocol": "HTTP", "allowedRoutes": {"namespaces": {"from": "All"}}}]}},
     )  # fmt: skip
     with (
-        kserve(access) as cluster,
         access.namespace() as system,
         access.namespace() as namespace,
         volume(access, system, server) as storage,

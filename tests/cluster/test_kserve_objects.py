@@ -16,10 +16,7 @@ from serving.targets import ModelVersion
 from serving.targets.kserve import Cluster, FixedDelivery, KServeTarget, Patience, Reason, ServiceError, Storage
 from serving.targets.kserve.cluster import path_of
 from serving.targets.kserve.errors import RefusedError
-from tests.cluster import programs
-from tests.cluster.access import Access
-from tests.cluster.kserve import kserve
-from tests.cluster.kserve_fakes import Fakes
+from tests.cluster.kserve_fakes import Fakes, furnished
 from tests.kserve_world import RUNTIME, SERVICE, service
 from tests.process import wait_until
 
@@ -28,29 +25,15 @@ DELIVERY = FixedDelivery({label: Storage(f"pvc://models/recommender/{label}") fo
 PATIENCE = Patience(capacity_s=180, route_s=120, healthy_s=60)
 
 
-@pytest.fixture(scope="module")
-def cluster(control_plane: Access) -> Iterator[Cluster]:
-    crds = programs.ensure_documents(programs.GATEWAY_CRDS)
-    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
-    with kserve(control_plane) as found:
-        yield found
+@pytest.fixture
+def cluster(kserve_objects: Cluster) -> Cluster:
+    return kserve_objects
 
 
 @pytest.fixture
 def fakes(cluster: Cluster, namespace: str) -> Iterator[Fakes]:
-    runtimes = f"/apis/serving.kserve.io/v1alpha1/namespaces/{namespace}/servingruntimes"
-    cluster.create(runtimes, RUNTIME)
-    volume = {"accessModes": ["ReadOnlyMany"], "storageClassName": "", "volumeName": f"models-{namespace}"}
-    cluster.create("/api/v1/persistentvolumes", {
-        "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"models-{namespace}"},
-        "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadOnlyMany"], "hostPath": {"path": "/tmp"},
-                 "persistentVolumeReclaimPolicy": "Retain", "storageClassName": ""}})  # fmt: skip
-    cluster.create(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims", {
-        "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "models"},
-        "spec": {**volume, "resources": {"requests": {"storage": "1Gi"}}}})  # fmt: skip
-    with Fakes(cluster, namespace) as found:
+    with furnished(cluster, namespace) as found:
         yield found
-    cluster.delete(f"/api/v1/persistentvolumes/models-{namespace}")
 
 
 def create(cluster: Cluster, namespace: str, **how: object) -> None:

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -54,6 +54,8 @@ def install(access: Access) -> None:
 class World:
     """A namespace, the services in it, and operators."""
 
+    objectives: ClassVar[dict[str, Any]] = OBJECTIVES
+
     def __init__(self, access: Access, namespace: str, folder: Path) -> None:
         self.access, self.namespace, self.folder = access, namespace, folder
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -94,7 +96,7 @@ class World:
     def apply(self, name: str = "shop", **spec: Any) -> None:
         service = spec.pop("service", name)
         documents = [
-            {"kind": "Objectives", "metadata": {"name": service}, "spec": {**OBJECTIVES, "service": service}},
+            {"kind": "Objectives", "metadata": {"name": service}, "spec": {**self.objectives, "service": service}},
             {"kind": "Rollout", "metadata": {"name": name},
              "spec": {**ROLLOUT, **FAST, "service": service, "objectives": service, **spec}},
         ]  # fmt: skip

@@ -114,7 +114,7 @@ def test_the_operator_makes_it_and_refuses_what_knative_cannot_do_before_anythin
     equipment.close()
     for asked in (replace(SPEC, baseline=True), replace(SPEC, sticky=StickyKey(header="x-bucket"))):
         with pytest.raises(InputError, match="Knative cannot"):
-            outfit(NAMESPACE, asked, OBJECTIVES)
+            outfit(NAMESPACE, asked, OBJECTIVES).check()
     assert world.log == []
 
 
@@ -314,7 +314,7 @@ def test_what_knative_cannot_do_is_refused_with_the_way_to_go_on() -> None:
     two_more = {TWO: 0.1, ONE: 0.8, BASELINE: 0.1}
     for refused in (
         lambda: target.set_shadow(TWO, share=0.1, token=token),
-        lambda: target.set_shares({ONE: 1.0}, token=token, sticky=StickyKey(header="x-bucket")),
+        lambda: target.set_shares({TWO: 0.1, ONE: 0.9}, token=token, sticky=StickyKey(header="x-bucket")),
         lambda: target.ensure_capacity(two_more, token=token), lambda: target.set_shares(two_more, token=token),
         lambda: target.check_asked(sticky=None, shadow=False, baseline=True),
     ):  # fmt: skip

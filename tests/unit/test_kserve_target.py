@@ -493,18 +493,22 @@ def test_what_kserves_route_cannot_do_is_refused_with_the_way_to_have_it() -> No
     target = target_of(world)
     token = target.acquire("test")
     target.set_shadow(None, token=token)
+    bucket = StickyKey(header="x-bucket")
     for refused in (
+        lambda: target.check_asked(sticky=bucket, shadow=False, baseline=False),
+        lambda: target.check_asked(sticky=None, shadow=True, baseline=False),
         lambda: target.set_shadow(TWO, share=0.1, token=token),
-        lambda: target.set_shares({ONE: 1.0}, token=token, sticky=StickyKey(header="x-bucket")),
+        lambda: target.set_shares({TWO: 0.1, ONE: 0.9}, token=token, sticky=bucket),
     ):
         with pytest.raises(InputError, match="KServe's routes cannot") as said:
             refused()
         assert "endcap.dev/gateway" in str(said.value)
+    target.set_shares({ONE: 1.0}, token=token, sticky=bucket)  # the way back is open whatever was asked for
     world = with_own_route(World())
     target = target_of(world)
     token = target.acquire("test")
     with pytest.raises(InputError, match="cookie"):
-        target.set_shares({ONE: 1.0}, token=token, sticky=StickyKey(cookie="session"))
+        target.set_shares({TWO: 0.1, ONE: 0.9}, token=token, sticky=StickyKey(cookie="session"))
 
 
 def test_an_older_writer_does_not_write_the_route_either() -> None:

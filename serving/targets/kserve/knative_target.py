@@ -62,7 +62,7 @@ class KnativeTarget(ServiceTarget[RevisedService]):
     def check_asked(self, *, sticky: StickyKey | None, shadow: bool, baseline: bool) -> None:
         """See :class:`.ServiceTarget`."""
         if sticky is not None:
-            raise _cannot("keep shoppers to a version", "leave sticky out (sticky: {})")
+            raise _cannot("keep shoppers to a version", "sticky: {} in the Rollout leaves it out")
         if shadow:
             raise _cannot("copy requests to a version", "leave shadow out")
         if baseline:
@@ -102,7 +102,7 @@ class KnativeTarget(ServiceTarget[RevisedService]):
         there, _ = self._there(token, back=True)
         stable = there.spec.stable.label
         others = len(by_label.keys() - {stable})
-        self.check_asked(sticky=sticky, shadow=False, baseline=others > 1)
+        self.check_asked(sticky=sticky if len(by_label) > 1 else None, shadow=False, baseline=others > 1)
         given = plan.percents(by_label, stable)
         self._until_served([label for label, percent in given.items() if percent > 0], token)
         self._write(token, lambda now: knative.share_out(now.spec, given), back=not others)

@@ -76,6 +76,15 @@ class KServeTarget(ServiceTarget[Service]):
                                where=self._where, next_step="set enableGatewayApi: true in KServe's ConfigMap "
                                "inferenceservice-config (section ingress), and restart its controller")  # fmt: skip
 
+    def check_asked(self, *, sticky: StickyKey | None, shadow: bool, baseline: bool) -> None:
+        """See :class:`.ServiceTarget`."""
+        if self._read().own_route is None:
+            if sticky is not None:
+                raise _no_own_route("keep shoppers to a version", "sticky: {} in the Rollout leaves it out")
+            if shadow:
+                raise _no_own_route("copy requests to a version", "leave shadow out of the Rollout")
+        checked_sticky(sticky)
+
     def ensure_capacity(self, shares: Mapping[ModelVersion, float], *, token: int) -> None:
         """See :class:`~serving.targets.base.Target`."""
         by_label = {version.label: share for version, share in shares.items()}
@@ -98,9 +107,9 @@ class KServeTarget(ServiceTarget[Service]):
         """See :class:`~serving.targets.base.Target`."""
         by_label = {version.label: share for version, share in shares.items() if share > 0}
         there, service = self._there(token, back=True)
-        if sticky is not None and service.own_route is None:
-            raise _no_own_route("keep shoppers to a version")
-        header = checked_sticky(sticky)
+        header = checked_sticky(sticky) if len(by_label) > 1 else None  # on the way back there is nothing to keep to
+        if header is not None and service.own_route is None:
+            raise _no_own_route("keep shoppers to a version", "sticky: {} in the Rollout leaves it out")
         given = plan.percents(by_label, there.spec.stable.label)
         self._until_served([label for label, percent in given.items() if percent > 0], token)
         back = set(by_label) == {there.spec.stable.label}
@@ -115,7 +124,7 @@ class KServeTarget(ServiceTarget[Service]):
         there, service = self._there(token, back=True)
         if service.own_route is None:
             if version is not None:
-                raise _no_own_route("copy requests to a version")
+                raise _no_own_route("copy requests to a version", "leave shadow out of the Rollout")
             return
         if version is None:
             if (copies := self._copies()) is not None:
@@ -372,7 +381,7 @@ class KServeTarget(ServiceTarget[Service]):
         return next((one.label for one in named if workload_name(self.service, one.name) == copies[0]), None)
 
 
-def _no_own_route(what: str) -> InputError:
-    return InputError(f"KServe's routes cannot {what}", next_step="leave it out, or have endcap make the service's "
+def _no_own_route(what: str, leave_out: str) -> InputError:
+    return InputError(f"KServe's routes cannot {what}", next_step=f"{leave_out}; or have endcap make the service's "
                       "route: label it networking.kserve.io/visibility: cluster-local, and annotate it with "
                       "endcap.dev/gateway and endcap.dev/hostnames")  # fmt: skip

@@ -12,16 +12,25 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from tests.cluster import programs
+from tests.cluster import archives, programs
 from tests.cluster.errors import ClusterError
 
-_ROOT = Path(__file__).parents[2]
+_HERE = Path(__file__).parent
+_ROOT = _HERE.parents[1]
+_CONTAINERFILE = "images/Containerfile"
 
-ROLES: Final = ("server", "controller", "pipeline", "load", "drills")
+ROLES: Final = ("server", "controller", "load", "drills", "mlflow", "pipeline")
+"""Targets of ``images/Containerfile``."""
+
+STORAGE_INITIALIZER: Final = "storage-initializer"
+"""KServe's own: an image of the tests', from the package that KServe's is made of."""
+REDIS: Final = "redis"
+"""Of this machine's Redis."""
 
 _BASE = ("bookworm", "python3,python3-venv,ca-certificates")
 _BASE_DROPS = (
@@ -64,6 +73,8 @@ def ensure(role: str) -> Path:
     Raises:
         ClusterError: it cannot be built, with what the builder said last.
     """
+    if role == REDIS:
+        return archives.archive(name(role), archives.redis())
     wanted = _folder() / f"{role}-{_key(role)}.tar"
     with programs.locked(_folder() / f".{role}.lock"):
         if not wanted.exists():
@@ -72,6 +83,43 @@ def ensure(role: str) -> Path:
             print(f"building the image {role} (once; it is kept in {wanted.parent})", flush=True)  # noqa: T201
             _build(role, _base(), _wheels(role), wanted)
     return wanted
+
+
+def package_image(folder: Path, image: str, to: Path) -> Path:
+    """A model package as an image called ``image``, built as a user does (``images/package``); in the archive ``to``.
+
+    Raises:
+        ClusterError: it cannot be built, with what the builder said last.
+    """
+    base = archives.archive(archives.SHELL_IMAGE, archives.shell())
+    with tempfile.TemporaryDirectory(prefix="endcap-package-image-", dir=_folder()) as scratch:
+        buildah = (*_APART, "buildah", "--root", f"{scratch}/root", "--runroot", f"{scratch}/run")
+        known = ("--storage-driver", "overlay")
+        _run(*buildah, *known, "pull", f"docker-archive:{base}")
+        _run(
+            *(*buildah, *known, "build", "--isolation", "chroot", "--pull-never", "--format", "docker"),
+            *("--build-arg", f"BASE={archives.SHELL_IMAGE}", "--file", str(_ROOT / "images/package/Containerfile")),
+            *("--tag", image, str(folder)),
+        )
+        _run(*buildah, *known, "push", image, f"docker-archive:{to}:{image}")
+    return to
+
+
+def recipe(role: str) -> str:
+    """What of its Containerfile makes the image of ``role``: the stages that all share, and its own."""
+    if role == STORAGE_INITIALIZER:
+        return _containerfile(role).read_text()
+    stages = re.split(r"^(?=FROM )", _containerfile(role).read_text(), flags=re.MULTILINE)
+    named = [(re.search(r"^FROM .* AS (\w+)$", stage, re.MULTILINE), stage) for stage in stages]
+    return "".join(stage for name, stage in named if name is None or name[1] in ("packages", "role", role))
+
+
+def _containerfile(role: str) -> Path:
+    return _HERE / "storage_initializer" / "Containerfile" if role == STORAGE_INITIALIZER else _ROOT / _CONTAINERFILE
+
+
+def _lock(role: str) -> Path:
+    return _ROOT / "locks" / ("kserve-storage.txt" if role == STORAGE_INITIALIZER else f"{role}.txt")
 
 
 def _build(role: str, base: Path, wheels: Path, wanted: Path) -> None:
@@ -110,8 +158,9 @@ def _built_into(store: Path, role: str, base: Path, wheels: Path, settings: Path
         *(*buildah, *known, "build", "--layers", "--isolation", "chroot", "--pull-never", "--format", "docker"),
         # The packages come from this machine's folder: the builder needs no network and no certificates.
         *("--volume", f"{wheels}:/wheels:ro", "--volume", f"{settings}:/etc/pip.conf:ro"),
-        *("--build-arg", f"BASE={_BASE_NAME}", "--file", str(_ROOT / "images" / role / "Containerfile")),
-        *("--tag", name(role), str(_ROOT)),
+        *("--build-arg", f"BASE={_BASE_NAME}", "--build-arg", f"LOCK={_lock(role).stem}"),
+        *(() if role == STORAGE_INITIALIZER else ("--target", role)),
+        *("--file", str(_containerfile(role)), "--tag", name(role), str(_ROOT)),
     )
     _run(*buildah, *known, "push", name(role), f"docker-archive:{to}:{name(role)}")
     return to.exists()
@@ -122,8 +171,6 @@ _BASE_NAME = "localhost/endcap-test-base:latest"
 
 def _base() -> Path:
     """A Debian with Python, as a docker-archive."""
-    from tests.cluster.archives import write_folder
-
     wanted = _folder() / f"base-{_hash(repr((_BASE, _BASE_DROPS)).encode())}.tar"
     with programs.locked(_folder() / ".base.lock"):
         if not wanted.exists():
@@ -142,7 +189,7 @@ def _base() -> Path:
                 shutil.rmtree(tree / dropped, ignore_errors=True)
                 (tree / dropped).mkdir()
             unfinished = wanted.with_suffix(".unfinished")
-            write_folder(unfinished, _BASE_NAME, tree)
+            archives.write_folder(unfinished, _BASE_NAME, tree)
             unfinished.replace(wanted)
             shutil.rmtree(tree)
     return wanted
@@ -150,7 +197,7 @@ def _base() -> Path:
 
 def _wheels(role: str) -> Path:
     """A folder with every file that the role's lock names."""
-    lock = _ROOT / "locks" / f"{role}.txt"
+    lock = _lock(role)
     wanted = _folder() / f"wheels-{role}-{_hash(lock.read_bytes())}"
     if not wanted.exists():
         unfinished = _folder() / f".wheels-{role}"
@@ -179,23 +226,17 @@ def _wheels(role: str) -> Path:
 
 def _key(role: str) -> str:
     digest = hashlib.sha256(repr((_BASE, _BASE_DROPS)).encode())
-    for file in (_ROOT / "images" / role / "Containerfile", _ROOT / ".containerignore", *_copied(role)):
+    digest.update(recipe(role).encode())
+    for file in (_ROOT / ".containerignore", _lock(role), *_copied(role)):
         digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _copied(role: str) -> Iterator[Path]:
-    """The files that the Containerfile copies."""
-    text = (_ROOT / "images" / role / "Containerfile").read_text()
-    for name, value in re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE):
-        text = text.replace(f"${{{name}}}", value)
-    for source in re.findall(r"^COPY ([^-\s]\S*) ", text, re.MULTILINE):
+    """The files that its stages copy, but for the lock."""
+    for source in re.findall(r"^COPY (\w+) ", recipe(role), re.MULTILINE):
         path = _ROOT / source
-        yield from (
-            sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-            if path.is_dir()
-            else [path]
-        )
+        yield from sorted(file for file in path.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
 
 
 def unpacked_bytes(archive: Path) -> int:

@@ -1,4 +1,4 @@
-"""What an image's program imports is in it: its lock's packages, and the rooms that its Containerfile copies."""
+"""What an image's program imports is in it: its lock's packages, and the rooms that its stage copies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.cluster import images
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +24,7 @@ PROGRAMS = {
     "load": ("loadtests.run", "loadtests.generator", "loadtests.locustfile"),
     "drills": ("chaos.pods",),
     "pipeline": ("pipelines.recommender", "components.training", "components.packaging"),
+    "mlflow": ("mlflow.server.fastapi_app", "mlflow.store.db.utils"),
 }
 
 ONLY_WHAT_IS_THERE = """
@@ -51,11 +54,10 @@ for module in sorted(modules):
 
 @pytest.mark.parametrize("role", PROGRAMS)
 def test_an_image_has_what_its_programs_import(role: str) -> None:
-    containerfile = (ROOT / "images" / role / "Containerfile").read_text()
     locked = re.findall(r"^([\w.-]+)==", (ROOT / "locks" / f"{role}.txt").read_text(), re.MULTILINE)
     there = {re.sub(r"[-_.]+", "-", name).lower() for name in locked}
-    rooms = set(re.findall(r"^COPY (\w+) /app/", containerfile, re.MULTILINE))
-    assert rooms
+    rooms = set(re.findall(r"^COPY (\w+) /app/", images.recipe(role), re.MULTILINE))
+    assert rooms or role == "mlflow"
     ended = subprocess.run(
         [sys.executable, "-c", ONLY_WHAT_IS_THERE, ",".join(there), ",".join(rooms), ",".join(PROGRAMS[role])],
         cwd=ROOT,
@@ -68,4 +70,11 @@ def test_an_image_has_what_its_programs_import(role: str) -> None:
 
 
 def test_every_image_is_looked_at() -> None:
-    assert {folder.parent.name for folder in (ROOT / "images").glob("*/Containerfile")} == set(PROGRAMS)
+    stages = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "images" / "Containerfile").read_text(), re.MULTILINE)
+    assert {*stages} - {"packages", "role"} == set(PROGRAMS) == set(images.ROLES)
+
+
+def test_an_image_is_made_of_its_own_stage_and_what_all_share() -> None:
+    recipe = images.recipe("controller")
+    assert "serving.operator" in recipe and "pip install" in recipe
+    assert "loadtests" not in recipe and "serving.server" not in recipe

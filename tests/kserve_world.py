@@ -27,6 +27,13 @@ RUNTIME = {
                              "ports": [{"name": "http1", "containerPort": 8080}]}]},
 }  # fmt: skip
 
+MLFLOW = {
+    "apiVersion": "serving.kserve.io/v1alpha1", "kind": "ClusterStorageContainer",
+    "metadata": {"name": "endcap-mlflow"},
+    "spec": {"supportedUriFormats": [{"prefix": "mlflow://"}],
+             "container": {"name": "storage-initializer", "image": "endcap/controller"}},
+}  # fmt: skip
+
 
 def service(*, version: str = "1", replicas: int | None = 2, most: int | None = None, scaler: str = "none",
             mode: str = "Standard", **more: Any) -> Json:  # fmt: skip
@@ -86,6 +93,7 @@ class World:
         self.standin = StandIn(self, gateway="endcap-system/gateway")  # type: ignore[arg-type]
         runtimes = f"/apis/serving.kserve.io/v1alpha1/namespaces/{NAMESPACE}/servingruntimes"
         self.create(runtimes, copy.deepcopy(RUNTIME))
+        self.create("/apis/serving.kserve.io/v1alpha1/clusterstoragecontainers", copy.deepcopy(MLFLOW))
 
     # ---- time ----
 

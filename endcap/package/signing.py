@@ -103,7 +103,7 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
     try:
         model_signing.verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(
             _hashing()
-        ).verify(folder, signature)
+        ).verify(_unlinked(folder), signature)
     except Exception as error:
         raise VerificationError(
             f"the signature does not verify: {_reason(error)}",
@@ -113,6 +113,12 @@ def verify_package(folder: Path, public_key: Path) -> Manifest:
     manifest = read_manifest(folder)
     verify_digests(folder, manifest)
     return manifest
+
+
+def _unlinked(folder: Path) -> Path:
+    """What a folder that is a link leads to, followed once: a package that KServe brings as an image is a link into
+    another container's files, where no path can be resolved further. Links inside of a package are refused."""
+    return folder.parent / folder.readlink() if folder.is_symlink() else folder
 
 
 def _hashing() -> Any:

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ log = logging.getLogger("serving.server")
 
 _FINISH_S = 3.0
 """For gRPC calls under way when the port closes; HTTP's have as long."""
+
+_COMES_WITHIN_S = 120.0
+"""A package of KServe's that comes as an image: the container that has it begins after this one, once it is pulled."""
 
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
@@ -233,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
                 await grpc.stop(grace_s=_FINISH_S)
 
         async def open_loaded(server: DrainingServer) -> None:
+            for pause_s in _until_it_comes(arguments.package, os.environ):
+                await asyncio.sleep(pause_s)
             try:
                 service = await asyncio.get_running_loop().run_in_executor(None, load)
             except EndcapError as error:
@@ -277,6 +283,8 @@ def main(argv: list[str] | None = None) -> int:
 
     shared: Service | None = None
     if threads == 1 and not on_gpu(arguments.provider):
+        for pause_s in _until_it_comes(arguments.package, os.environ):
+            time.sleep(pause_s)
         try:
             shared = load()
         except EndcapError as error:
@@ -284,6 +292,18 @@ def main(argv: list[str] | None = None) -> int:
             return error.exit_code
         say_ready(shared)
     return workers.supervise(sockets, work, drain_s=arguments.drain_s)
+
+
+def _until_it_comes(package: Path, environment: Mapping[str, str]) -> Iterator[float]:
+    """Seconds to wait before the next look, until the package is there, or nobody said that it may come later.
+
+    KServe says so by ``MODEL_INIT_MODE=async``: its folder is then a link into another container's processes.
+    """
+    if environment.get("MODEL_INIT_MODE") != "async":
+        return
+    until_s = time.monotonic() + _COMES_WITHIN_S
+    while not package.is_dir() and time.monotonic() < until_s:
+        yield 0.1
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -131,6 +131,27 @@ def test_a_package_that_does_not_verify_is_refused_before_onnxruntime_is_even_im
     assert "onnxruntime" not in imported(ended.stderr)
 
 
+@pytest.mark.parametrize("more", [(), ("--processes", "2", "--threads", "1")])
+def test_a_package_that_another_container_brings_later_is_waited_for_and_verified(
+    folder: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """KServe's images: a link to the files, made by a container that begins after this one."""
+    port = free_port()
+    run = arguments(folder, port, *more, package=str(tmp_path / "models"))
+    with started(run, port, tmp_path / "log", environment={"MODEL_INIT_MODE": "async"}) as program:
+        if not more:
+            wait_until(lambda: program.status("/v2/health/live") == 200, "it lives without its package")
+            assert program.status("/v2/health/ready") == 503
+        (tmp_path / "models").symlink_to(folder / "good")
+        program.wait_for("/v2/health/ready")
+        assert recommend(program, ["104"]).json()["items"][:2] == ["105", "106"]
+    make_package(tmp_path / "other" / "package")
+    (tmp_path / "models").unlink()
+    (tmp_path / "models").symlink_to(tmp_path / "other" / "package")
+    with started(run, port, tmp_path / "log", environment={"MODEL_INIT_MODE": "async"}) as program:
+        assert program.process.wait(60) == 3
+
+
 def test_a_port_in_use_and_a_bad_key_are_said_on_one_line(folder: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -11,7 +11,8 @@ from endcap.registry import Registry
 
 __all__ = ["Delivery", "FixedDelivery", "MLflowDelivery", "Storage"]
 
-_SCHEMES = ("s3://", "gs://", "pvc://", "oci://", "hf://", "https://", "http://", "mlflow://", "abfs://", "wasbs://")
+_SCHEMES = ("s3://", "gs://", "pvc://", "oci://", "oci+native://", "oci+fetch://", "hf://", "https://",
+            "http://", "mlflow://", "abfs://", "wasbs://")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

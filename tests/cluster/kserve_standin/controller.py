@@ -16,7 +16,7 @@ from typing import Any
 from endcap.errors import EndcapError
 from serving.targets.kserve.cluster import Cluster, path_of
 from serving.targets.kserve.errors import ConflictError
-from tests.cluster.kserve_standin import objects
+from tests.cluster.kserve_standin import objects, storage
 
 Json = dict[str, Any]
 log = logging.getLogger("kserve.standin")
@@ -29,13 +29,13 @@ class StandIn:
     """Runs in a thread between :meth:`start` and :meth:`stop`.
 
     ``splits``: False makes it KServe 0.20, whose canaries get pods and no traffic. ``routes``: False is
-    ``enableGatewayApi: false``.
+    ``enableGatewayApi: false``. ``settings``: how models are brought.
     """
 
     def __init__(self, cluster: Cluster, *, gateway: str, domain: str = "example.com", splits: bool = True,
-                 routes: bool = True) -> None:  # fmt: skip
+                 routes: bool = True, settings: storage.Settings | None = None) -> None:  # fmt: skip
         self._cluster, self._gateway, self._domain = cluster, gateway, domain
-        self.splits, self.routes = splits, routes
+        self.splits, self.routes, self._settings = splits, routes, settings or storage.Settings()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kserve-standin", daemon=True)
 
@@ -127,10 +127,29 @@ class StandIn:
         """Service, Deployment and autoscaler, in this order."""
         runtime = self._runtime(service["metadata"]["namespace"], predictor["model"])
         self._ensure("services", objects.service_of(service, predictor, runtime), ("selector", "ports"))
-        self._ensure("deployments", objects.deployment(service, predictor, runtime, least), ("template", "replicas"))
+        made = objects.deployment(service, predictor, runtime, least)
+        uri = predictor["model"].get("storageUri", "")
+        self._bring(made["spec"]["template"], service["metadata"]["namespace"], uri)
+        self._ensure("deployments", made, ("template", "replicas"))
         scaler = objects.autoscaler(service, predictor, runtime, least, most)
         if scaler is not None:
             self._ensure("horizontalpodautoscalers", scaler, ("minReplicas", "maxReplicas"))
+
+    def _bring(self, template: Json, namespace: str, uri: str) -> None:
+        """What KServe's webhook does to the pods."""
+        if not uri:
+            return
+        known = self._cluster.items("/apis/serving.kserve.io/v1alpha1/clusterstoragecontainers") or []
+        container = storage.container_for(uri, known)
+        if (why := storage.refusal(uri, container)) is not None:
+            raise EndcapError(why)
+        account = template["spec"].get("serviceAccountName") or "default"
+        names = [template["metadata"]["annotations"].get(storage.SECRET_ANNOTATION)]
+        if names == [None]:
+            found = self._cluster.get(f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}") or {}
+            names = [one["name"] for one in found.get("secrets") or ()]
+        secrets = [self._cluster.get(f"/api/v1/namespaces/{namespace}/secrets/{name}") for name in names]
+        storage.inject(template["spec"], uri, container, [one for one in secrets if one], self._settings)
 
     def _ensure(self, kind: str, wanted: Json, fields: tuple[str, ...]) -> None:
         namespace, name = wanted["metadata"]["namespace"], wanted["metadata"]["name"]

@@ -82,7 +82,7 @@ def deployment(service: Json, predictor: Json, runtime: Json, replicas: int | No
 
 
 def pod(meta: Json, predictor: Json, runtime: Json) -> Json:
-    """The runtime's pod with the predictor's fields over it, and the model's over its container."""
+    """The runtime's pod with the predictor's fields over it, and the model's over its container; no model yet."""
     model = predictor["model"]
     spec = {key: copy.deepcopy(value) for key, value in runtime.items()
             if key in ("nodeSelector", "affinity", "tolerations", "volumes", "imagePullSecrets")}  # fmt: skip
@@ -96,21 +96,6 @@ def pod(meta: Json, predictor: Json, runtime: Json) -> Json:
     env = {one["name"]: one for one in [*(container.get("env") or []), *(model.get("env") or [])]}
     container["env"] = [*env.values(), {"name": "INFERENCE_SERVICE_NAME", "value": meta["name"]}]
     container["args"] = [one.replace("{{.Name}}", meta["name"]) for one in container["args"]]
-    uri = model.get("storageUri", "")
-    if uri.startswith("pvc://"):
-        claim, _, path = uri.removeprefix("pvc://").partition("/")
-        spec["volumes"] = [*(spec.get("volumes") or []),
-                           {"name": "kserve-pvc-source", "persistentVolumeClaim": {"claimName": claim}}]  # fmt: skip
-        mount = {"name": "kserve-pvc-source", "mountPath": "/mnt/models", "subPath": path, "readOnly": True}
-        container["volumeMounts"] = [*(container.get("volumeMounts") or []), mount]
-    elif uri:
-        spec["volumes"] = [*(spec.get("volumes") or []), {"name": "kserve-provision-location", "emptyDir": {}}]
-        mount = {"name": "kserve-provision-location", "mountPath": "/mnt/models"}
-        container["volumeMounts"] = [*(container.get("volumeMounts") or []), {**mount, "readOnly": True}]
-        spec["initContainers"] = [*(spec.get("initContainers") or []), {
-            "name": "storage-initializer", "image": "kserve/storage-initializer:latest",
-            "args": [uri, "/mnt/models"], "volumeMounts": [mount],
-        }]  # fmt: skip
     ports = container.get("ports") or [{"containerPort": 8080}]
     container.setdefault("readinessProbe", {
         "tcpSocket": {"port": ports[0]["containerPort"]}, "periodSeconds": 10, "failureThreshold": 3,

@@ -36,8 +36,7 @@ def crds() -> list[Json]:
         _crd("inferenceservices", "InferenceService", "v1beta1", _service_schema(), short=["isvc"], status=True),
         _crd("servingruntimes", "ServingRuntime", "v1alpha1", _runtime_schema()),
         _crd("clusterservingruntimes", "ClusterServingRuntime", "v1alpha1", _runtime_schema(), namespaced=False),
-        _crd("clusterstoragecontainers", "ClusterStorageContainer", "v1alpha1",
-             {"type": "object", "x-kubernetes-preserve-unknown-fields": True}, namespaced=False),
+        _crd("clusterstoragecontainers", "ClusterStorageContainer", "v1alpha1", _storage_schema(), namespaced=False),
     ]  # fmt: skip
 
 
@@ -78,6 +77,13 @@ def _service_schema() -> Json:
 def _runtime_schema() -> Json:
     status = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     return {"type": "object", "properties": {"spec": _schema_of("V1alpha1ServingRuntimeSpec"), "status": status}}
+
+
+def _storage_schema() -> Json:
+    spec = _schema_of("V1alpha1StorageContainerSpec")
+    spec["required"] = ["container", "supportedUriFormats"]
+    spec["properties"]["workloadType"]["default"] = "initContainer"
+    return {"type": "object", "properties": {"spec": spec, "disabled": {"type": "boolean"}}}
 
 
 def _model(name: str) -> Any:

@@ -58,7 +58,7 @@ def _build() -> None:
         images.ensure(role)
 
 
-_ROLES = ("server", "controller", "load")
+_ROLES = (*(role for role in images.ROLES if role != "pipeline"), images.STORAGE_INITIALIZER, images.REDIS)
 """Whose images tests run; the pipeline's carries torch and is 7 GB."""
 
 

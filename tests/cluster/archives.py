@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from tests.cluster.errors import ClusterError
 PAUSE_IMAGE = "docker.io/endcap/test-pause:1"
 ENVOY_IMAGE = "docker.io/endcap/test-envoy:1"
 SHUTDOWN_IMAGE = "docker.io/endcap/test-shutdown-manager:1"
+SHELL_IMAGE = "docker.io/endcap/test-shell:1"
 
 _NOBODY = 65532
 _LONG_AGO = "2000-01-01T00:00:00Z"
@@ -56,6 +58,34 @@ def shutdown_manager() -> Contents:
     return Contents(
         {"usr/local/bin/envoy-gateway": programs.ensure("envoy-gateway")}, ("/usr/local/bin/envoy-gateway",), ("tmp",)
     )
+
+
+def redis() -> Contents:
+    """
+    Raises:
+        ClusterError: this machine has none.
+    """
+    return Contents(_with_libraries("redis-server"), ("redis-server",), folders=("tmp",))
+
+
+def shell() -> Contents:
+    """What KServe runs of a model's image; in busybox's place.
+
+    Raises:
+        ClusterError: this machine has none.
+    """
+    return Contents(_with_libraries("sh", "ls", "ln", "sleep"), ())
+
+
+def _with_libraries(*names: str) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name in names:
+        found = shutil.which(name)
+        if found is None:
+            raise ClusterError(f"{name} is not installed; on Debian: apt-get install {name}")
+        files |= {f"usr/local/bin/{name}": Path(found)}
+        files |= {str(library).lstrip("/"): library for library in _libraries(Path(found))}
+    return files
 
 
 def archive(name: str, contents: Contents) -> Path:

@@ -31,7 +31,7 @@ _NETS = (201, 216)
 _SERVICES = "10.96.0.0/16"
 """Where there is no node, nothing is routed there."""
 
-_FULL = tuple(name for name in programs.PROGRAMS if name not in {"helm", "kubeconform"})
+_FULL = tuple(name for name in programs.PROGRAMS if name not in {"helm", "kubeconform", "versitygw"})
 """What runs; the others are tools of tests, built when one asks."""
 
 _FAKE_NODES = 4

@@ -22,8 +22,10 @@ import yaml
 
 from endcap.errors import TargetError
 from serving.targets.kserve.cluster import Cluster, open_cluster
+from tests.cluster import images
 from tests.cluster.access import Access
 from tests.cluster.kserve_standin.controller import StandIn
+from tests.cluster.kserve_standin.storage import Settings
 from tests.cluster.pki import Authority
 from tests.process import wait_until
 
@@ -49,7 +51,8 @@ def _at_work(access: Access, cluster: Cluster, gateway: str) -> Iterator[Cluster
         yield cluster
         return
     if not chosen:
-        standin = StandIn(cluster, gateway=gateway, domain=DOMAIN)
+        settings = Settings(image=images.name(images.STORAGE_INITIALIZER))
+        standin = StandIn(cluster, gateway=gateway, domain=DOMAIN, settings=settings)
         standin.install()
         _until_served(cluster)
         standin.start()
@@ -142,6 +145,8 @@ def _settings(path: Path, gateway: str) -> dict[str, Any]:
         "enableGatewayApi": True, "kserveIngressGateway": gateway, "disableIstioVirtualHost": True,
         "ingressDomain": DOMAIN,
     })  # fmt: skip
+    initializer = json.loads(data["storageInitializer"])
+    data["storageInitializer"] = json.dumps(initializer | {"image": images.name(images.STORAGE_INITIALIZER)})
     data["deploy"] = json.dumps({"defaultDeploymentMode": "Standard"})
     return settings
 

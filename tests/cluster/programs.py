@@ -62,6 +62,7 @@ PROGRAMS: Final = {
         Program("kwok", "tools", "sigs.k8s.io/kwok/cmd/kwok"),
         Program("helm", "tools", "helm.sh/helm/v3/cmd/helm"),
         Program("kubeconform", "tools", "github.com/yannh/kubeconform/cmd/kubeconform"),
+        Program("versitygw", "s3", "github.com/versity/versitygw/cmd/versitygw"),
         Program("coredns", "dns", "github.com/coredns/coredns"),
         Program("envoy-gateway", "gateway", "github.com/envoyproxy/gateway/cmd/envoy-gateway"),
     )

@@ -31,12 +31,12 @@ def keys_secret(folder: Path) -> Json:
 
 
 @contextlib.contextmanager
-def volume(access: Access, namespace: str, image: str) -> Iterator[str]:
-    """The collector's storage: of the cluster's own class where it has a default, else a folder of the node."""
+def volume(access: Access, namespace: str, image: str, of: str = "collector") -> Iterator[str]:
+    """The storage value of a part: of the cluster's own class where it has a default, else a folder of the node."""
     classes = access.get("storageclasses")["items"]
     default = "storageclass.kubernetes.io/is-default-class"
     if any((one["metadata"].get("annotations") or {}).get(default) == "true" for one in classes):
-        yield "collector.storage.size=1Gi"
+        yield f"{of}.storage.size=1Gi"
         return
     path = f"/var/lib/endcap-tests/{namespace}"
     open_it = f"import os; os.makedirs({path!r}, exist_ok=True); os.chmod({path!r}, 0o777)"
@@ -50,21 +50,21 @@ def volume(access: Access, namespace: str, image: str) -> Iterator[str]:
             }],
             "volumes": [{"name": "node", "hostPath": {"path": "/var/lib/endcap-tests", "type": "DirectoryOrCreate"}}],
         }},
-        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"feedback-{namespace}"}, "spec": {
+        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"data-{namespace}"}, "spec": {
             "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "",
             "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": path, "type": "Directory"},
         }},
-        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "feedback"}, "spec": {
-            "accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": f"feedback-{namespace}",
+        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": {
+            "accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": f"data-{namespace}",
             "resources": {"requests": {"storage": "1Gi"}},
         }},
         namespace=namespace,
     )  # fmt: skip
     access.wait("pod/folder", "jsonpath={.status.phase}=Succeeded", namespace)
     try:
-        yield "collector.storage.existingClaim=feedback"
+        yield f"{of}.storage.existingClaim=data"
     finally:
-        access.kubectl("delete", "pv", f"feedback-{namespace}", "--ignore-not-found", "--wait=false")
+        access.kubectl("delete", "pv", f"data-{namespace}", "--ignore-not-found", "--wait=false")
 
 
 ASK = """

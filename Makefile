@@ -14,7 +14,7 @@ GROUPS := $(foreach role,$(ROLES) dev,--group $(role))
 COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak fuzz clean
+.PHONY: help setup demo test test-here test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,10 +51,14 @@ lock: $(UV) ## resolve pyproject.toml anew into locks/ (the only target that loo
 demo: setup ## the main job, end to end, on this machine; ends by printing where the report is
 	@$(BIN)/endcap demo --out $(OUT)
 
-test: setup ## every test that needs no Kubernetes (those: make test-cluster)
-	@$(BIN)/python -m pytest tests --ignore=tests/cluster
+test: setup ## every test; those on a Kubernetes run beside the others, since they mostly wait
+	@$(BIN)/python -m tests.cluster build
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-here test-cluster
 
 # ---- for those who change the code ---------------------------------------------------------------------------------
+
+test-here: setup ## every test that needs no Kubernetes
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster
 
 test-unit: setup ## the fast tests
 	@$(BIN)/python -m pytest tests/unit

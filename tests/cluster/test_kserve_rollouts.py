@@ -5,10 +5,18 @@ The operator is the chart's, in its pod, with the chart's rights; pods run the s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from pathlib import Path
 
+from serving.targets import ModelVersion
+from serving.targets.kserve import EnvoyGatewayCounts, FixedDelivery, KServeTarget, PodScrapes, ServerTelemetry, Storage
+from serving.targets.kserve.cluster import path_of
+from serving.targets.kserve.gateway import ensure_policy, policy_of
+from serving.targets.kserve.telemetry import compared
 from tests.cluster.shop import GOOD, UNSIGNED, WRONG, Shop, processes_of
+from tests.kserve_world import SERVICE
 from tests.process import wait_until
 
 
@@ -20,6 +28,9 @@ def test_a_good_version_is_promoted_and_no_request_of_five_thousand_fails(shop: 
     assert ended["outcome"] == "promoted", ended["reason"]
     assert shoppers.failed == 0, (shoppers.statuses, shoppers.failures[:5])
     assert shoppers.asked >= 5_000
+    judged = next(one["canary"] for one in ended["objectives"] if one["name"] == "availability")
+    counted = int(judged.rpartition(" of ")[2].replace(",", ""))
+    assert 100 <= counted <= shoppers.versions[GOOD[1]], "by its servers until it ended, and by shoppers"
     assert shop.serves() == GOOD[1]
     assert shop.spec()["predictor"]["name"] == f"v{GOOD[1]}"
     assert not shop.spec().get("canary")
@@ -86,3 +97,39 @@ def test_a_server_that_is_killed_costs_no_shopper_a_request(shop: Shop) -> None:
 
     wait_until(restarted, "the container was started again", deadline_s=120)
     assert shoppers.failed == 0, (shoppers.statuses, shoppers.failures[:5])
+
+
+def test_the_gateway_and_the_servers_count_the_same_where_each_version_has_a_cluster(shop: Shop) -> None:
+    """The one thing that the operator does not ask for, and a team may: see :mod:`serving.targets.kserve.gateway`."""
+    gateway = EnvoyGatewayCounts(shop.cluster, SERVICE, shop.namespace, direct=True)
+    telemetry = ServerTelemetry(PodScrapes(), gateway=gateway)
+    stable, other = (ModelVersion(label, Path()) for label in (shop.serves(), GOOD[0]))
+    delivery = FixedDelivery({other.label: Storage(f"pvc://models/{other.label}")})
+    target = KServeTarget(shop.cluster, SERVICE, shop.namespace, delivery, telemetry=telemetry)
+    policies = path_of("backendtrafficpolicies", shop.namespace)
+    with contextlib.closing(telemetry), shop.load() as shoppers:
+        apart = policy_of(SERVICE, shop.namespace, apart=True)
+        shop.cluster.apply(f"{policies}/{apart['metadata']['name']}", apart)
+        token = target.acquire("a test")
+        try:
+            half = {other: 0.5, stable: 0.5}
+            target.ensure_capacity(half, token=token)
+            target.set_shares(half, token=token)
+            target.observe()
+            asked = shoppers.asked
+            wait_until(lambda: shoppers.asked > asked + 600, "shoppers ask both", deadline_s=120)
+            shoppers.stop()
+            counted: dict[str, float] = {}
+
+            def agree() -> bool:
+                target.observe()
+                counted.update(compared(telemetry.servers(), gateway.versions()))
+                totals = [found[0].total for found in gateway.versions().values()]
+                return len(totals) == 2 and min(totals) > 100 and all(abs(off) < 0.05 for off in counted.values())
+
+            wait_until(agree, "both count the same", deadline_s=60)
+        finally:
+            target.ensure_capacity({stable: 1.0}, token=token)
+            target.set_shares({stable: 1.0}, token=token)
+            target.retire(other.label, token=token)
+            ensure_policy(shop.cluster, SERVICE, shop.namespace)

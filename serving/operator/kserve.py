@@ -60,7 +60,7 @@ class KServeOutfit:
             telemetry = ServerTelemetry(PodScrapes(), thresholds_ms=objectives.latency_thresholds_ms,
                                         feedback=self._feedback(objectives))  # fmt: skip
             target = target_for(self._cluster, spec.service, namespace, self._delivery(name), telemetry=telemetry,
-                                policy=True)  # fmt: skip
+                                fallback_runtime=self._settings.fallback_runtime, policy=True)  # fmt: skip
             source = self._source(spec, objectives, held)
             url = webhook_url(spec.webhook_from)
             notifier = None

@@ -19,6 +19,7 @@ class Settings:
 
     ``lease_s``: how long a leader that is silent keeps the Lease; it gives up by itself after two thirds of that.
     ``fast``, ``slow``: threads for looks, and for what may wait for a cluster (capacity, routes, gates).
+    ``fallback_runtime``: the ServingRuntime for a version that finds no GPU node; none refuses it.
     ``refresh_s``: how old the figures in a status may become while nothing changes.
     """
 
@@ -36,6 +37,7 @@ class Settings:
     registry_uri: str | None = None
     registry_cache: str = "/tmp/endcap-packages"  # noqa: S108 - the one place that a pod may write to
     storage_template: str | None = None
+    fallback_runtime: str | None = None
     collector_url: str | None = None
     prometheus_url: str | None = None
     public_key: str | None = None
@@ -77,6 +79,7 @@ def settings_from(environment: Mapping[str, str] = os.environ) -> Settings:
         registry_uri=text("MLFLOW_TRACKING_URI"),
         registry_cache=text("ENDCAP_PACKAGE_CACHE") or default.registry_cache,
         storage_template=text("ENDCAP_STORAGE_TEMPLATE"),
+        fallback_runtime=text("ENDCAP_FALLBACK_RUNTIME"),
         collector_url=text("ENDCAP_COLLECTOR_URL"),
         prometheus_url=text("ENDCAP_PROMETHEUS_URL"),
         public_key=text("ENDCAP_PUBLIC_KEY"),

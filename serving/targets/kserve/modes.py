@@ -21,13 +21,15 @@ AnyTarget: TypeAlias = KServeTarget | KnativeTarget
 
 def target_for(
     cluster: Cluster, service: str, namespace: str, delivery: Delivery, *, telemetry: Telemetry | None = None,
-    patience: Patience = Patience(), policy: bool = False, clock: Callable[[], float] = time.time,  # noqa: B008 - frozen
+    patience: Patience = Patience(), fallback_runtime: str | None = None, policy: bool = False,  # noqa: B008 - frozen
+    clock: Callable[[], float] = time.time,
 ) -> AnyTarget:  # fmt: skip
     """The target for a service: Knative's where KServe serves it in that mode (its status, or else its annotation
     ``serving.kserve.io/deploymentMode``, which cannot be changed), else the one for Standard mode, whose ``check``
     refuses what is in neither.
 
-    ``policy``: see :class:`KServeTarget`; there is no route of the Gateway API for it in Knative mode.
+    ``fallback_runtime``, ``policy``: see :class:`KServeTarget`. In Knative mode there is neither: Knative places its
+    revisions, and has no route of the Gateway API.
 
     Raises:
         TargetError: the API server does not answer.
@@ -35,5 +37,5 @@ def target_for(
     document = cluster.get(path_of("inferenceservices", namespace, service))
     if mode_of(document) in KNATIVE_MODES:
         return KnativeTarget(cluster, service, namespace, delivery, telemetry=telemetry, patience=patience, clock=clock)
-    return KServeTarget(cluster, service, namespace, delivery, telemetry=telemetry, patience=patience, policy=policy,
-                        clock=clock)  # fmt: skip
+    return KServeTarget(cluster, service, namespace, delivery, telemetry=telemetry, patience=patience,
+                        fallback_runtime=fallback_runtime, policy=policy, clock=clock)  # fmt: skip

@@ -263,6 +263,9 @@ class Engine:
                 raise InputError(f"the target attributes clicks within {seen.window_s:g} s, and the objective asks for "
                                  f"{objective.window_s:g} s", where=where, next_step=serve)  # fmt: skip
             if objective.good is Good.ANSWERED and objective.within_ms not in (None, *counted):
+                if stable in seen.versions and seen.versions[stable].ready_replicas == 0:
+                    raise TargetError(f"version {stable} has no ready replica yet to tell what it counts", where=where,
+                                      next_step="wait until it serves")  # fmt: skip
                 raise InputError(f"the target does not count answers within {objective.within_ms} ms", where=where,
                                  next_step=serve)  # fmt: skip
 

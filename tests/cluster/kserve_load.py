@@ -15,6 +15,16 @@ import httpx
 from tests.packages import ITEMS
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Answer:
+    """``answered_s``, ``asked_s``: monotonic."""
+
+    answered_s: float
+    asked_s: float
+    bucket: int
+    version: str
+
+
 @dataclass
 class Shoppers:
     """Asks ``url`` with the header ``host`` at ``rate`` a second until the block ends.
@@ -28,6 +38,10 @@ class Shoppers:
     rate: float = 100.0
     timeout_s: float = 5.0
     feedback: str | None = None
+    buckets: str | None = None
+    """The header that the shop's edge puts a shopper's bucket into, 0 to 99."""
+    answers: list[Answer] = field(default_factory=list)
+    """With ``buckets``: each of them."""
     statuses: Counter[str] = field(default_factory=Counter)
     """By status, or by what there was instead of one."""
     versions: Counter[str] = field(default_factory=Counter)
@@ -69,6 +83,9 @@ class Shoppers:
     async def _ask(self, client: httpx.AsyncClient, shopper: str, newest: int, wants: bool) -> None:
         body = {"shopper": shopper, "history": [ITEMS[newest]], "k": 1}
         headers = {"host": self.host, "x-endcap-shopper": shopper}
+        bucket, sent_s = int(shopper[1:]) * 37 % 100, time.monotonic()
+        if self.buckets is not None:
+            headers[self.buckets] = str(bucket)
         try:
             answer = await client.post(self.url + "/v1/recommend", json=body, headers=headers)
         except httpx.HTTPError as error:
@@ -78,7 +95,10 @@ class Shoppers:
             self._note(str(answer.status_code), f"{time.time():.1f} {answer.status_code} {answer.text[:200]}")
             return
         self.statuses["200"] += 1
-        self.versions[answer.headers.get("x-endcap-version", "?")] += 1
+        version = answer.headers.get("x-endcap-version", "?")
+        self.versions[version] += 1
+        if self.buckets is not None:
+            self.answers.append(Answer(time.monotonic(), sent_s, bucket, version))
         if self.feedback is None:
             return
         said = answer.json()

@@ -14,7 +14,7 @@ import secrets
 import signal
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ Json = dict[str, Any]
 PATIENCE_S = 300.0
 WINDOW_S = 2.0
 OBJECTIVES: Json = {
-    "service": SERVICE,
     "objectives": [
         {"name": "availability", "goal": 0.95, "good": "answered", "margin": 0.03},
         {"name": "latency", "goal": 0.5, "good": "answered", "withinMs": 1000, "margin": 0.3},
@@ -43,7 +42,7 @@ OBJECTIVES: Json = {
     ],
 }  # fmt: skip
 ROLLOUT: Json = {
-    "service": SERVICE, "objectives": SERVICE, "lookSeconds": 1, "sticky": {},
+    "lookSeconds": 1, "sticky": {},
     "steps": [
         {"share": 0.2, "minRequests": 100, "minSeconds": 5, "maxSeconds": 180},
         {"share": 0.5, "minRequests": 200, "minSeconds": 5, "maxSeconds": 180},
@@ -65,10 +64,13 @@ class Shop:
     url: str
     root: Path
     settings: tuple[str, ...]
+    service: str = SERVICE
+    hostname: str | None = None
+    """Of a route of endcap's own; None: KServe makes the service one."""
 
     @property
     def host(self) -> str:
-        return f"{SERVICE}-{self.namespace}.{DOMAIN}"
+        return self.hostname or f"{self.service}-{self.namespace}.{DOMAIN}"
 
     def load(self, **how: object) -> Shoppers:
         return Shoppers(self.url, self.host, feedback=self._feedback(), **how)  # type: ignore[arg-type]
@@ -84,9 +86,11 @@ class Shop:
         name = f"to-{label}-{secrets.token_hex(2)}"
         head = {"apiVersion": "endcap.dev/v1alpha1"}
         self.access.apply(
-            {**head, "kind": "Objectives", "metadata": {"name": SERVICE}, "spec": OBJECTIVES},
+            {**head, "kind": "Objectives", "metadata": {"name": self.service},
+             "spec": {**OBJECTIVES, "service": self.service}},
             {**head, "kind": "Rollout", "metadata": {"name": name},
-             "spec": {**ROLLOUT, "candidate": f"models:/{SERVICE}/{label}", **spec}},
+             "spec": {**ROLLOUT, "service": self.service, "objectives": self.service,
+                      "candidate": f"models:/{SERVICE}/{label}", **spec}},
             namespace=self.namespace,
         )  # fmt: skip
         return name
@@ -130,10 +134,22 @@ class Shop:
             self.access.kubectl("delete", "pod", name, f"--namespace={self.system}", "--grace-period=0", "--force",
                                 "--ignore-not-found")  # fmt: skip
 
+    def serve(self, name: str, *, hostname: str | None = None) -> Shop:
+        """Another service beside it, of one replica, whose version 1 serves. ``hostname``: by a route of endcap's."""
+        made = service(replicas=1 if hostname else 2)
+        made["metadata"] |= {"name": name, "namespace": self.namespace}
+        if hostname is not None:
+            made["metadata"]["labels"] = {"networking.kserve.io/visibility": "cluster-local"}
+            made["metadata"]["annotations"] |= {"endcap.dev/gateway": GATEWAY, "endcap.dev/hostnames": hostname}
+        made["spec"]["predictor"]["model"]["storageUri"] = "pvc://models/1"
+        made["spec"]["predictor"]["terminationGracePeriodSeconds"] = 20
+        self.cluster.create(path_of("inferenceservices", self.namespace), made)
+        return replace(self, service=name, hostname=hostname)
+
     # ---- what there is ----
 
     def spec(self) -> Json:
-        found = self.cluster.get(path_of("inferenceservices", self.namespace, SERVICE)) or {}
+        found = self.cluster.get(path_of("inferenceservices", self.namespace, self.service)) or {}
         return dict(found["spec"])
 
     def serves(self) -> str:
@@ -143,7 +159,7 @@ class Shop:
     def pods(self) -> list[Json]:
         found = self.cluster.items(path_of("pods", self.namespace)) or ()
         there = [pod for pod in found if not pod["metadata"].get("deletionTimestamp")]
-        return [pod for pod in there if pod["metadata"]["name"].startswith(SERVICE)]
+        return [pod for pod in there if pod["metadata"]["name"].startswith(self.service)]
 
 
 @contextlib.contextmanager
@@ -243,11 +259,7 @@ def _serve_the_first(shop: Shop, models: Path) -> None:
          "spec": {"accessModes": ["ReadOnlyMany"], "storageClassName": "", "volumeName": name,
                   "resources": {"requests": {"storage": "1Gi"}}}},
     )  # fmt: skip
-    made = service(replicas=2)
-    made["metadata"]["namespace"] = namespace
-    made["spec"]["predictor"]["model"]["storageUri"] = "pvc://models/1"
-    made["spec"]["predictor"]["terminationGracePeriodSeconds"] = 20
-    shop.cluster.create(path_of("inferenceservices", namespace), made)
+    shop.serve(SERVICE)
     with shop.load(rate=5) as shoppers:
         wait_until(lambda: shoppers.versions["1"] > 20, "version 1 serves", deadline_s=PATIENCE_S)
 

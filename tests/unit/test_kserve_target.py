@@ -1,5 +1,6 @@
 """The KServe target on a Kubernetes in memory: what is written, in what order, and what is refused."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -460,6 +461,42 @@ def test_shoppers_keep_their_version_by_a_route_of_our_own() -> None:
     assert not [received for received in world.served if any(name.startswith("gone") for name in received)]
 
 
+def test_a_rule_of_our_route_keeps_its_place_and_its_version() -> None:
+    """A gateway calls its clusters by rules' places, and takes up what is in one before it takes up what it is sent."""
+    world = with_own_route(World())
+    target = target_of(world)
+    token, sticky = target.acquire("test"), StickyKey(header="x-bucket")
+    seen: list[list[tuple[str, set[str]]]] = []
+
+    def note() -> None:
+        made = [(rule["matches"][0].get("headers", [{"value": ".*"}])[0]["value"],
+                 {ref["name"] for ref in rule["backendRefs"]}) for rule in rules(world)]  # fmt: skip
+        seen.append(made)
+        for value, names in made:
+            assert all(world._deployment(name) is not None for name in names), "a Service that is not there is named"
+            assert (value == "a^") == (not any(re.fullmatch(value, str(bucket)) for bucket in range(100)))
+
+    note()
+    for share in (0.2, 0.6, 1.0):
+        shares = {TWO: share, **({ONE: 1 - share} if share < 1 else {})}
+        target.ensure_capacity(shares, token=token)
+        note()
+        target.set_shares(shares, token=token, sticky=sticky)
+        note()
+    target.retire("1", token=token)
+    token = target.acquire("another")
+    note()
+    one, two = "recommender-v1-predictor", "recommender-v2-predictor"
+    assert [len(made) for made in seen] == [4] * len(seen)
+    for before, after in itertools.pairwise(seen):
+        for (_, had), (value, has) in zip(before[:-1], after[:-1], strict=True):
+            assert value == "a^" or had == has, "what gets requests was there before it got them"
+    assert seen[1][1] == ("a^", {two}), "known to the gateway before its first request"
+    assert [{name for _, names in made for name in names} for made in (seen[0], seen[2], seen[-1])] == [
+        {one}, {one, two}, {two},
+    ]  # fmt: skip
+
+
 def test_copies_go_to_a_version_without_a_share_and_are_nobodys_requests() -> None:
     world = with_own_route(World())
     counted = Counted({"1": VersionObservation(attempts=Counts(90, 90), requests=Counts(90, 90)),
@@ -550,6 +587,10 @@ def test_the_gateway_is_told_to_try_again_unless_somebody_tells_it_already() -> 
     assert made["retry"]["numRetries"] == 2
     assert made["healthCheck"]["passive"]["consecutiveLocalOriginFailures"] == 1
     assert "zoneAware" not in made["loadBalancer"], "a cluster a version loses requests when it is made"
+    world = with_own_route(World())
+    target_of(world, policy=True).acquire("test")
+    refs = world.objects[f"{path}/endcap-{SERVICE}"]["spec"]["targetRefs"]
+    assert [ref["name"] for ref in refs] == [f"endcap-{SERVICE}"]
     world = a_world()
     theirs = {"metadata": {"name": "theirs"}, "spec": {"targetRefs": [{"name": SERVICE}]}}
     world.create(path, theirs)

@@ -284,6 +284,10 @@ def test_an_objective_that_the_target_does_not_count_is_said_before_anything_is_
     slower = Objectives("shop", "shop", (replace(OBJECTIVES.named("latency"), within_ms=250),))
     with pytest.raises(InputError, match="latency: the target does not count answers within 250 ms"):
         run_rollout(SPEC, slower, CANARY, target, tmp_path, packages={"1": Path("one")}, clock=clock)
+    target.unready = frozenset({"1"})
+    with pytest.raises(TargetError, match="no ready replica yet") as passing:
+        run_rollout(SPEC, slower, CANARY, target, tmp_path, packages={"1": Path("one")}, clock=clock)
+    assert not isinstance(passing.value, InputError)
     assert not (tmp_path / "state.json").exists()
 
 

@@ -22,6 +22,7 @@ from serving.sources.folding import Series, SeriesFolder, digest
 from serving.targets.kserve.cluster import Cluster, Json, path_of
 from serving.targets.kserve.errors import RefusedError
 from serving.targets.kserve.names import VERSION_LABEL, workload_name
+from serving.targets.kserve.routes import route_name
 from serving.targets.kserve.telemetry import PodScrapes
 
 __all__ = ["EnvoyGatewayCounts", "ensure_policy", "policy_of"]
@@ -37,10 +38,11 @@ _PORT = 19001
 _MAX_SERIES = 50_000
 
 
-def policy_of(service: str, namespace: str, *, apart: bool = False) -> Json:
-    """The BackendTrafficPolicy of both routes that KServe makes of a service. ``apart``: a cluster a version."""
-    routes = [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": name}
-              for name in (service, workload_name(service, ""))]  # fmt: skip
+def policy_of(service: str, namespace: str, *, own: bool = False, apart: bool = False) -> Json:
+    """The BackendTrafficPolicy of both routes that KServe makes of a service, or of endcap's ``own``. ``apart``: a
+    cluster a version."""
+    names = (route_name(service),) if own else (service, workload_name(service, ""))
+    routes = [{"group": "gateway.networking.k8s.io", "kind": "HTTPRoute", "name": name} for name in names]
     return {
         "apiVersion": "gateway.envoyproxy.io/v1alpha1", "kind": "BackendTrafficPolicy",
         "metadata": {"name": f"endcap-{service}", "namespace": namespace,
@@ -63,7 +65,7 @@ def policy_of(service: str, namespace: str, *, apart: bool = False) -> Json:
     }  # fmt: skip
 
 
-def ensure_policy(cluster: Cluster, service: str, namespace: str) -> str | None:
+def ensure_policy(cluster: Cluster, service: str, namespace: str, *, own: bool = False) -> str | None:
     """Apply it. Returns why not, where the cluster has another gateway or the route has a policy of somebody else's."""
     path = path_of("backendtrafficpolicies", namespace)
     try:
@@ -72,12 +74,13 @@ def ensure_policy(cluster: Cluster, service: str, namespace: str) -> str | None:
         return error.what
     if found is None:
         return "the gateway is not Envoy Gateway"
-    wanted = policy_of(service, namespace)
+    wanted = policy_of(service, namespace, own=own)
+    route = wanted["spec"]["targetRefs"][0]["name"]
     name = wanted["metadata"]["name"]
     for one in found:
         spec = one.get("spec") or {}
         refs = [*(spec.get("targetRefs") or ()), *([spec["targetRef"]] if spec.get("targetRef") else [])]
-        if one["metadata"]["name"] != name and any(ref.get("name") == service for ref in refs):
+        if one["metadata"]["name"] != name and any(ref.get("name") == route for ref in refs):
             return f"the route has the BackendTrafficPolicy {one['metadata']['name']} already"
     cluster.apply(f"{path}/{name}", wanted)
     return None

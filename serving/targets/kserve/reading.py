@@ -16,8 +16,8 @@ from serving.targets.kserve.plan import Canary, Predictor, Rest, Spec, Workload
 from serving.targets.kserve.routes import OwnRoute
 
 __all__ = [
-    "ObjectModel", "PredictorObject", "Record", "Service", "body_of", "model_body", "predictor_of", "read_record",
-    "read_service", "token_of", "trouble_of", "weights_of", "workload_of", "writers_of",
+    "ObjectModel", "PredictorObject", "Record", "Service", "accepted", "body_of", "model_body", "predictor_of",
+    "read_record", "read_service", "token_of", "trouble_of", "weights_of", "workload_of", "writers_of",
 ]  # fmt: skip
 
 _STANDARD = "Standard"
@@ -221,19 +221,23 @@ def workload_of(document: Json) -> Workload:
     return Workload(1 if wanted is None else int(wanted), updated, serving)
 
 
+def accepted(route: Json) -> bool:
+    """Whether a gateway has taken up a route's newest form."""
+    parents = (route.get("status") or {}).get("parents") or ()
+    generation = int(route["metadata"].get("generation") or 0)
+    return any(
+        one.get("type") == "Accepted" and one.get("status") == "True"
+        and int(one.get("observedGeneration") or 0) >= generation
+        for parent in parents for one in parent.get("conditions") or ()
+    )  # fmt: skip
+
+
 def weights_of(route: Json, service: str, spec: Spec) -> dict[str, int] | None:
     """What a route of KServe's sends to each version, when the gateway has taken its newest form up; else None.
 
     Versions that the route names and ``spec`` does not are listed by the name of their Service.
     """
-    parents = (route.get("status") or {}).get("parents") or ()
-    generation = int(route["metadata"].get("generation") or 0)
-    accepted = [
-        one for parent in parents for one in parent.get("conditions") or ()
-        if one.get("type") == "Accepted" and one.get("status") == "True"
-        and int(one.get("observedGeneration") or 0) >= generation
-    ]  # fmt: skip
-    if not accepted:
+    if not accepted(route):
         return None
     labels = {workload_name(service, one.name): one.label
               for one in (spec.stable, *(canary.predictor for canary in spec.canaries))}  # fmt: skip

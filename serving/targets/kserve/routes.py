@@ -24,9 +24,12 @@ from serving.targets.base import StickyKey
 from serving.targets.kserve.cluster import Json
 from serving.targets.kserve.names import FENCE_ANNOTATION
 
-__all__ = ["OwnRoute", "buckets", "checked_sticky", "route_body", "route_name"]
+__all__ = ["OwnRoute", "Shares", "buckets", "checked_sticky", "route_body", "route_name", "sticky_of"]
 
-_BUCKETS = 100
+_NO_HEADER = "x-endcap-bucket"
+"""Of rules without buckets, where shoppers are known by nothing."""
+_NOTHING = "a^"
+"""Matches no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +68,57 @@ def buckets(percents: Mapping[str, int]) -> dict[str, range]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Percents by the names of the versions' Services: the roles are the route's rules, each always the same one.
+
+    ``canary`` and ``baseline``: None where there is none. ``warm``: Services that are to get a share soon.
+    """
+
+    stable: tuple[str, int]
+    canary: tuple[str, int] | None = None
+    baseline: tuple[str, int] | None = None
+    warm: frozenset[str] = frozenset()
+
+    @property
+    def given(self) -> dict[str, int]:
+        """Canary's buckets first, baseline's last."""
+        return {one[0]: one[1] for one in (self.canary, self.stable, self.baseline) if one is not None and one[1] > 0}
+
+
 def route_body(
-    service: str, namespace: str, own: OwnRoute, percents: Mapping[str, int], *, sticky: str | None = None,
+    service: str, namespace: str, own: OwnRoute, shares: Shares, *, sticky: str | None = None,
     copies: tuple[str, float] | None = None, token: int,
 ) -> Json:  # fmt: skip
-    """``percents`` by the names of the versions' Services, in order. ``copies``: a Service, and its share of copies.
+    """``copies``: a Service, and its share of copies.
 
-    Services without a share are left out: one that is deleted must not be named.
+    A gateway calls the clusters of a route by its rules' places (Envoy Gateway does), and takes up what is in a
+    cluster before it takes up what is sent there. So a rule keeps its place and its version: stable's buckets,
+    canary's, baseline's, and last what has no bucket. One whose version has no share is there too, and matches
+    nothing: when it gets one, only the match changes. It names the version that is to come, or else one that serves:
+    a Service that is deleted must not be named.
     """
-    given = {name: percent for name, percent in percents.items() if percent > 0}
+    given = shares.given
+    serving = max(given, key=lambda name: given[name])
     filters: list[Json] = []
     if copies is not None:
         mirror = {"backendRef": _ref(copies[0]), "percent": max(1, round(copies[1] * 100))}
         filters = [{"type": "RequestMirror", "requestMirror": mirror}]
 
-    def rule(refs: list[Json], matches: list[Json]) -> Json:
-        made: Json = {"matches": matches, "backendRefs": refs, "timeouts": {"request": "60s"}}
-        return {**made, "filters": filters} if filters else made
+    def rule(refs: list[Json], headers: list[Json], *, copied: bool) -> Json:
+        match: Json = {"path": {"type": "PathPrefix", "value": "/"}, **({"headers": headers} if headers else {})}
+        made: Json = {"matches": [match], "backendRefs": refs, "timeouts": {"request": "60s"}}
+        return {**made, "filters": filters} if filters and copied else made
 
-    everything: Json = {"path": {"type": "PathPrefix", "value": "/"}}
+    mine = buckets(given)
     rules = []
-    if sticky is not None and len(given) > 1:
-        for name, mine in buckets(given).items():
-            value = f"^({'|'.join(map(str, mine))})$"
-            header = {"type": "RegularExpression", "name": sticky, "value": value}
-            rules.append(rule([_ref(name)], [{**everything, "headers": [header]}]))
-    rules.append(rule([{**_ref(name), "weight": percent} for name, percent in given.items()], [everything]))
+    for role in (shares.stable, shares.canary, shares.baseline):
+        name = role[0] if role is not None and (role[1] > 0 or role[0] in shares.warm) else serving
+        own_buckets = mine.get(name, range(0)) if role is not None and role[1] > 0 and sticky is not None else ()
+        value = f"^({'|'.join(map(str, own_buckets))})$" if own_buckets else _NOTHING
+        header = {"type": "RegularExpression", "name": sticky or _NO_HEADER, "value": value}
+        rules.append(rule([_ref(name)], [header], copied=bool(own_buckets)))
+    rules.append(rule([{**_ref(name), "weight": percent} for name, percent in given.items()], [], copied=True))
     gateway_namespace, _, gateway = own.gateway.partition("/")
     return {
         "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
@@ -106,6 +134,16 @@ def route_body(
             "rules": rules,
         },
     }  # fmt: skip
+
+
+def sticky_of(route: Json | None) -> str | None:
+    """The header that a route of ours knows shoppers by."""
+    for rule in ((route or {}).get("spec") or {}).get("rules") or ():
+        for match in rule.get("matches") or ():
+            for header in match.get("headers") or ():
+                if header["name"] != _NO_HEADER:
+                    return str(header["name"])
+    return None
 
 
 def _ref(name: str) -> Json:

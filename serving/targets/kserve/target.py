@@ -21,8 +21,8 @@ from serving.targets.kserve.errors import ConflictError, Reason, RefusedError, S
 from serving.targets.kserve.gateway import ensure_policy
 from serving.targets.kserve.names import BASELINE, FENCE_ANNOTATION, ISVC_LABEL, predictor_name, workload_name
 from serving.targets.kserve.plan import Predictor, Sizing, Spec, There
-from serving.targets.kserve.reading import Service, body_of, read_service, trouble_of, weights_of, workload_of
-from serving.targets.kserve.routes import checked_sticky, route_body, route_name
+from serving.targets.kserve.reading import Service, accepted, body_of, read_service, trouble_of, weights_of, workload_of
+from serving.targets.kserve.routes import Shares, checked_sticky, route_body, route_name, sticky_of
 from serving.targets.kserve.service import TRIES, ServiceTarget, said
 from serving.targets.kserve.telemetry import Telemetry
 from serving.targets.kserve.waits import Patience
@@ -90,7 +90,7 @@ class KServeTarget(ServiceTarget[Service]):
         by_label = {version.label: share for version, share in shares.items()}
         there, _ = self._there(token, back=True)
         back = set(by_label) == {there.spec.stable.label}
-        there, _ = self._there(token, back=back)
+        there, service = self._there(token, back=back)
         before = there.spec
         versions = self._predictors(by_label, there)
         needed = plan.needs(there, by_label, self._sizing)
@@ -101,6 +101,9 @@ class KServeTarget(ServiceTarget[Service]):
         except EndcapError:
             self._undo(before, token)
             raise
+        if service.own_route is not None and not back:  # known to the gateway before the first request of theirs
+            self._put_route(token, self._header(), self._copies(), warm=frozenset(needed))
+            self._patience.until(self._is_taken_up, within_s=self._patience.route_s)
         self._begin_counting()
 
     def set_shares(self, shares: Mapping[ModelVersion, float], *, token: int, sticky: StickyKey | None = None) -> None:
@@ -259,6 +262,10 @@ class KServeTarget(ServiceTarget[Service]):
     def _own_path(self) -> str:
         return path_of("httproutes", self.namespace, route_name(self.service))
 
+    def _is_taken_up(self) -> bool | None:
+        route = self._own()
+        return True if route is not None and accepted(route) else None
+
     def _copies(self) -> tuple[str, float] | None:
         """The Service that gets copies, and the share of them."""
         for rule in ((self._own() or {}).get("spec") or {}).get("rules") or ():
@@ -270,24 +277,18 @@ class KServeTarget(ServiceTarget[Service]):
 
     def _header(self) -> str | None:
         """What shoppers are known by, as the route has it."""
-        for rule in ((self._own() or {}).get("spec") or {}).get("rules") or ():
-            for match in rule.get("matches") or ():
-                if match.get("headers"):
-                    return str(match["headers"][0]["name"])
-        return None
+        return sticky_of(self._own())
 
-    def _put_route(self, token: int, sticky: str | None, copies: tuple[str, float] | None) -> None:
-        """The route as the service's spec has the shares; fenced as the service is."""
+    def _put_route(self, token: int, sticky: str | None, copies: tuple[str, float] | None, *,
+                   warm: frozenset[str] = frozenset()) -> None:  # fmt: skip
+        """The route as the service's spec has the shares; fenced as the service is. ``warm``: versions that are to get
+        one next."""
         for _ in range(TRIES):
             there, service = self._there(token, back=True)
             if service.own_route is None:
                 return
-            names = {one.predictor.label: one.predictor.name for one in there.spec.canaries}
-            names[there.spec.stable.label] = there.spec.stable.name
-            order = [label for label in there.spec.percents if not label.endswith(BASELINE)]
-            order += [label for label in there.spec.percents if label.endswith(BASELINE)]
-            percents = {workload_name(self.service, names[label]): there.spec.percents[label] for label in order}
-            body = route_body(self.service, self.namespace, service.own_route, percents, sticky=sticky, copies=copies,
+            shares = self._shares(there.spec, warm)
+            body = route_body(self.service, self.namespace, service.own_route, shares, sticky=sticky, copies=copies,
                               token=token)  # fmt: skip
             known = self._own()
             if known is not None:
@@ -300,6 +301,24 @@ class KServeTarget(ServiceTarget[Service]):
                 return
             self._patience.sleep(0.05)
         raise TargetError("its route is written too often for a change of ours to get through", where=self._own_path)
+
+    def _shares(self, spec: Spec, warm: frozenset[str]) -> Shares:
+        names = {spec.stable.label: workload_name(self.service, spec.stable.name)}
+        names |= {one.predictor.label: workload_name(self.service, one.predictor.name) for one in spec.canaries}
+        percents = spec.percents
+        others = [label for label in percents if label != spec.stable.label]
+
+        def role(labels: list[str]) -> tuple[str, int] | None:
+            """Who has a share, or is to get one, before who has none."""
+            labels = sorted(labels, key=lambda label: (percents[label] == 0, label not in warm))
+            return (names[labels[0]], percents[labels[0]]) if labels else None
+
+        return Shares(
+            (names[spec.stable.label], percents[spec.stable.label]),
+            role([label for label in others if not label.endswith(BASELINE)]),
+            role([label for label in others if label.endswith(BASELINE)]),
+            frozenset(names[label] for label in warm if label in names),
+        )
 
     def _end_copies(self, name: str, there: There) -> None:
         """What the version answered to copies is not what it answered to shoppers."""
@@ -367,7 +386,10 @@ class KServeTarget(ServiceTarget[Service]):
             raise
 
     def _before_taken(self) -> None:
-        if self._policy and (why_not := ensure_policy(self._cluster, self.service, self.namespace)) is not None:
+        if not self._policy:
+            return
+        own = self._read().own_route is not None
+        if (why_not := ensure_policy(self._cluster, self.service, self.namespace, own=own)) is not None:
             log.warning("the gateway is not told to try again where a pod was lost: %s", why_not)
 
     def _taken(self, token: int) -> None:

@@ -49,6 +49,9 @@ _APART = ("unshare", "--mount", "--propagation=private")
 _KEPT = 4
 """Of each role, the newest images."""
 
+_LARGE = ("pipeline",)
+"""Of these nothing but the image itself is kept: not its layers, not its wheels."""
+
 NEEDED = ("buildah", "debootstrap")
 
 
@@ -134,6 +137,8 @@ def _build(role: str, base: Path, wheels: Path, wanted: Path) -> None:
     finally:
         unfinished.unlink(missing_ok=True)
         settings.unlink(missing_ok=True)
+        for kept in (_store(role, base, wheels), wheels) if role in _LARGE else ():
+            shutil.rmtree(kept, ignore_errors=True)
     # Other checkouts have theirs, and may be reading them now.
     for old in sorted(_folder().glob(f"{role}-*.tar"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
         old.unlink()
@@ -155,7 +160,8 @@ def _built_into(store: Path, role: str, base: Path, wheels: Path, settings: Path
     known = ("--storage-driver", "overlay")
     _run(*buildah, *known, "pull", f"docker-archive:{base}")
     _run(
-        *(*buildah, *known, "build", "--layers", "--isolation", "chroot", "--pull-never", "--format", "docker"),
+        *(*buildah, *known, "build", "--isolation", "chroot", "--pull-never", "--format", "docker"),
+        *(() if role in _LARGE else ("--layers",)),
         # The packages come from this machine's folder: the builder needs no network and no certificates.
         *("--volume", f"{wheels}:/wheels:ro", "--volume", f"{settings}:/etc/pip.conf:ro"),
         *("--build-arg", f"BASE={_BASE_NAME}", "--build-arg", f"LOCK={_lock(role).stem}"),

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from serving.targets.kserve import Cluster, MLflowDelivery, Storage
 from serving.targets.kserve.cluster import path_of
 from tests.cluster import images, pods, programs
 from tests.cluster.access import Access
-from tests.cluster.kserve import kserve
 from tests.cluster.test_chart import CHART, RELEASE, helm, values
 from tests.cluster.test_chart_pods import keys_secret, volume
 from tests.packages import ITEMS, make_package
@@ -121,11 +120,14 @@ def is_ready(pod: Json) -> bool:
 
 
 @pytest.fixture(scope="module")
-def shop(full_cluster: Access, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def shop(
+    full_cluster: Access, kserve_on: Callable[[Access], Cluster], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Shop]:
     access, root = full_cluster, tmp_path_factory.mktemp("shop")
     names = {role: access.image(role) for role in ROLES}
     keys = keys_secret(root)
-    with kserve(access) as cluster, access.namespace() as system, access.namespace() as namespace:
+    cluster = kserve_on(access)
+    with access.namespace() as system, access.namespace() as namespace:
         access.apply(shoppers(*ITEMS[:20]), namespace=system)
         access.apply(keys, namespace=namespace)
         with volume(access, system, names["server"], "mlflow") as storage:

@@ -103,7 +103,8 @@ def test_the_gateway_and_the_servers_count_the_same_where_each_version_has_a_clu
     """The one thing that the operator does not ask for, and a team may: see :mod:`serving.targets.kserve.gateway`."""
     gateway = EnvoyGatewayCounts(shop.cluster, SERVICE, shop.namespace, direct=True)
     telemetry = ServerTelemetry(PodScrapes(), gateway=gateway)
-    stable, other = (ModelVersion(label, Path()) for label in (shop.serves(), GOOD[0]))
+    serves = shop.serves()
+    stable, other = (ModelVersion(label, Path()) for label in (serves, next(one for one in GOOD if one != serves)))
     delivery = FixedDelivery({other.label: Storage(f"pvc://models/{other.label}")})
     target = KServeTarget(shop.cluster, SERVICE, shop.namespace, delivery, telemetry=telemetry)
     policies = path_of("backendtrafficpolicies", shop.namespace)

@@ -22,7 +22,7 @@ def test_shoppers_keep_their_version_and_see_no_answer_of_a_shadow(shop: Shop) -
     counter = shop.serve("counter", hostname="counter.example.com")
     wait_until(lambda: _is_up(counter), "version 1 is up", deadline_s=PATIENCE_S)
     name = counter.start(
-        label, sticky={"header": BUCKET}, shadow={"share": 0.5, "minRequests": 300, "maxSeconds": 180},
+        label, sticky={"header": BUCKET}, shadow={"share": 0.5, "minRequests": 500, "maxSeconds": 180},
         steps=[{"share": percent / 100, "minRequests": 100, "minSeconds": 5, "maxSeconds": 180}
                for percent in PERCENTS],
     )  # fmt: skip

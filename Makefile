@@ -16,7 +16,7 @@ COMPILE := $(UV) pip compile -q --universal --python-version 3.11 --generate-has
 NOT_IN_IMAGES := --no-emit-package kfp-server-api
 OUT ?= out/demo
 
-.PHONY: help setup demo test test-here test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak fuzz clean
+.PHONY: help setup demo test test-processes test-unit test-local test-charts test-cluster cluster-up cluster-down cluster-status lint type check format lock crds bench-training bench-rollout bench-serving bench-operator soak fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,12 +55,12 @@ demo: setup ## the main job, end to end, on this machine; ends by printing where
 
 test: setup ## every test; those on a Kubernetes run beside the others, since they mostly wait
 	@$(BIN)/python -m tests.cluster build
-	@$(MAKE) --no-print-directory --jobs=2 test-here test-cluster
+	@$(MAKE) --no-print-directory --jobs=2 test-cluster test-processes test-unit
 
 # ---- for those who change the code ---------------------------------------------------------------------------------
 
-test-here: setup ## every test that needs no Kubernetes
-	@$(BIN)/python -m pytest tests --ignore=tests/cluster
+test-processes: setup ## the tests that are neither fast nor on a Kubernetes: real processes, the chart
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster --ignore=tests/unit
 
 test-unit: setup ## the fast tests
 	@$(BIN)/python -m pytest tests/unit

@@ -16,12 +16,14 @@ import httpx
 DEADLINE_S = 60.0
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, deadline_s: float = DEADLINE_S) -> None:
-    """Return as soon as ``condition`` holds."""
+def wait_until(
+    condition: Callable[[], bool], what: str, *, deadline_s: float = DEADLINE_S, every_s: float = 0.01
+) -> None:
+    """Return as soon as ``condition`` holds; it is asked ``every_s``."""
     until_s = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < until_s, f"not within {deadline_s} s: {what}"
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 @dataclass

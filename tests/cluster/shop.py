@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from serving.operator.objects import rollout_path
 from serving.targets.kserve import Cluster
 from serving.targets.kserve.cluster import path_of
 from tests.cluster.access import Access
@@ -96,7 +97,8 @@ class Shop:
         return name
 
     def status(self, name: str) -> Json:
-        found = self.access.get("rollout", name, f"--namespace={self.namespace}")
+        # Not by kubectl: asked again and again it takes a whole core, and the servers are to have that.
+        found = self.cluster.get(rollout_path(self.namespace, name)) or {}
         return dict(found.get("status") or {})
 
     def until(self, name: str, holds: Callable[[Json], bool], what: str, *, deadline_s: float = 600.0) -> Json:
@@ -110,7 +112,7 @@ class Shop:
                 raise AssertionError(f"{name} was refused: {seen}")
             return holds(seen)
 
-        wait_until(found, f"{name}: {what}", deadline_s=deadline_s)
+        wait_until(found, f"{name}: {what}", deadline_s=deadline_s, every_s=0.1)
         return dict(seen)
 
     def roll_out(self, label: str, **spec: Any) -> Json:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from serving.operator.checkpoint import checkpoint_name
-from serving.operator.objects import Key
+from serving.operator.objects import Key, events_path, rollout_path
 from serving.targets.kserve import open_cluster
 from tests.cluster.access import Access
 from tests.cluster.cluster import Cluster, Kind
@@ -58,6 +58,7 @@ class World:
 
     def __init__(self, access: Access, namespace: str, folder: Path) -> None:
         self.access, self.namespace, self.folder = access, namespace, folder
+        self.api = open_cluster(kubeconfig=str(access.kubeconfig))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.behave({})
 
@@ -92,6 +93,7 @@ class World:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self.api.close()
 
     def apply(self, name: str = "shop", **spec: Any) -> None:
         service = spec.pop("service", name)
@@ -107,7 +109,10 @@ class World:
         return self.access.kubectl(*arguments, "--namespace", self.namespace)
 
     def get(self, name: str = "shop") -> dict[str, Any]:
-        return self.access.get("rollout", name, "--namespace", self.namespace)
+        # Not by kubectl: asked again and again it takes a whole core.
+        found = self.api.get(rollout_path(self.namespace, name))
+        assert found is not None, f"there is no rollout {name}"
+        return found
 
     def status(self, name: str = "shop") -> dict[str, Any]:
         return dict(self.get(name).get("status") or {})
@@ -124,7 +129,7 @@ class World:
         return dict(json.loads(found.read_text())) if found.exists() else {}
 
     def events(self, name: str = "shop") -> list[dict[str, Any]]:
-        found = self.access.get("events", "--namespace", self.namespace)["items"]
+        found = self.api.items(events_path(self.namespace)) or []
         return [one for one in found if one["involvedObject"]["name"] == name]
 
 

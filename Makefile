@@ -55,7 +55,7 @@ demo: setup ## the main job, end to end, on this machine; ends by printing where
 
 test: setup ## every test; those on a Kubernetes run beside the others, since they mostly wait
 	@$(BIN)/python -m tests.cluster build
-	@$(MAKE) --no-print-directory --jobs=2 test-cluster test-processes test-unit
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-cluster test-processes test-unit
 
 # ---- for those who change the code ---------------------------------------------------------------------------------
 

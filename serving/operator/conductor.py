@@ -78,8 +78,7 @@ class Conductor:
             before = self._objects.get(seen.key)
             if gone:
                 self._objects.pop(seen.key, None)
-                for claim in [claim for claim, key in self._claims.items() if key == seen.key]:
-                    del self._claims[claim]
+                self.release(seen.key)
             else:
                 self._objects[seen.key] = seen
             if self._fence is not None and (gone or before is None or _differs(before, seen)):

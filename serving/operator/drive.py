@@ -140,10 +140,6 @@ class Drive:
         """It has an engine; else the next turn begins it, or takes it up."""
         return self._engine is not None
 
-    def has_asks(self) -> bool:
-        store = self._store
-        return store is not None and self._engine is not None and store.has_commands(after=0)
-
     def close(self) -> None:
         """Let go; the rollout stays as it is."""
         if self._equipment is not None:

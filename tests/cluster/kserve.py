@@ -34,10 +34,6 @@ GATEWAY = "kserve/kserve-ingress-gateway"
 DOMAIN = "example.com"
 
 
-def is_real() -> bool:
-    return bool(os.environ.get(SETTING))
-
-
 @contextlib.contextmanager
 def kserve(access: Access, *, gateway: str = GATEWAY) -> Iterator[Cluster]:
     """KServe at work in the cluster, for the block."""

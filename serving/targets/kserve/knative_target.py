@@ -22,7 +22,7 @@ from serving.targets.kserve.knative import RevisedService, Revision
 from serving.targets.kserve.names import BASELINE, ISVC_LABEL
 from serving.targets.kserve.plan import Predictor, Spec, There, Workload
 from serving.targets.kserve.reading import trouble_of
-from serving.targets.kserve.service import ServiceTarget, said
+from serving.targets.kserve.service import ServiceTarget, lost_of, said
 from serving.targets.kserve.telemetry import Telemetry, is_ready
 from serving.targets.kserve.waits import Patience
 
@@ -221,8 +221,7 @@ class KnativeTarget(ServiceTarget[RevisedService]):
         if self._patience.until(look, within_s=self._patience.route_s):
             return
         there, _ = self._there(token, back=True)
-        lost = [label for label in wanted if label != there.spec.stable.label and label not in there.ready]
-        if lost:
+        if lost := lost_of(there, wanted):
             raise CapacityError(f"version {', '.join(lost)} is not ready any more", where=self._where)
         raise TargetError(f"{said(wanted)} was set, and after {self._patience.route_s:g} s Knative "
                           + ("has not set up its routes" if seen is None else f"says {said(seen) or 'nothing'}"),

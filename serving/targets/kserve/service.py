@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from serving.targets.kserve.reading import Record, read_record
 from serving.targets.kserve.telemetry import NoTelemetry, Telemetry
 from serving.targets.kserve.waits import Patience
 
-__all__ = ["TRIES", "ServiceTarget", "said"]
+__all__ = ["TRIES", "ServiceTarget", "lost_of", "said"]
 
 log = logging.getLogger("endcap.target")
 TRIES = 20
@@ -362,6 +362,11 @@ def _transitions(lease: Json | None) -> int:
 def _micro(at_s: float) -> str:
     whole, part = divmod(at_s, 1)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{int(part * 1e6):06d}Z"
+
+
+def lost_of(there: There, labels: Iterable[str]) -> list[str]:
+    """Of versions that are to get requests, canaries that are not ready any more."""
+    return [label for label in labels if label != there.spec.stable.label and label not in there.ready]
 
 
 def said(given: Mapping[str, int]) -> str:

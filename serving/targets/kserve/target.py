@@ -23,7 +23,7 @@ from serving.targets.kserve.names import BASELINE, FENCE_ANNOTATION, ISVC_LABEL,
 from serving.targets.kserve.plan import Predictor, Sizing, Spec, There
 from serving.targets.kserve.reading import Service, accepted, body_of, read_service, trouble_of, weights_of, workload_of
 from serving.targets.kserve.routes import Shares, checked_sticky, route_body, route_name, sticky_of
-from serving.targets.kserve.service import TRIES, ServiceTarget, said
+from serving.targets.kserve.service import TRIES, ServiceTarget, lost_of, said
 from serving.targets.kserve.telemetry import Telemetry
 from serving.targets.kserve.waits import Patience
 
@@ -239,8 +239,7 @@ class KServeTarget(ServiceTarget[Service]):
         if self._patience.until(look, within_s=self._patience.route_s):
             return
         there, _ = self._there(token, back=True)
-        lost = [label for label in wanted if label != there.spec.stable.label and label not in there.ready]
-        if lost:
+        if lost := lost_of(there, wanted):
             raise CapacityError(f"version {', '.join(lost)} is not ready any more, and KServe gives its share to "
                                 "stable", where=self._where)  # fmt: skip
         if seen == {there.spec.stable.label: 100} and there.spec.canaries and self._own() is None:

@@ -24,7 +24,8 @@ from endcap.errors import TargetError
 from serving.targets.kserve.cluster import Cluster, open_cluster
 from tests.cluster import images
 from tests.cluster.access import Access
-from tests.cluster.kserve_standin.controller import StandIn
+from tests.cluster.kserve_standin.changes import Changes
+from tests.cluster.kserve_standin.controller import WATCHED, StandIn
 from tests.cluster.kserve_standin.storage import Settings
 from tests.cluster.pki import Authority
 from tests.process import wait_until
@@ -51,7 +52,7 @@ def _at_work(access: Access, cluster: Cluster, gateway: str) -> Iterator[Cluster
         standin = StandIn(cluster, gateway=gateway, domain=DOMAIN, settings=settings)
         standin.install()
         _until_served(cluster)
-        standin.start()
+        standin.start(Changes(access.kubeconfig, WATCHED))
         try:
             yield cluster
         finally:

@@ -9,6 +9,7 @@ import contextlib
 import http.server
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +20,8 @@ from tests.kserve_world import RUNTIME
 
 Json = dict[str, Any]
 METRICS_PORT = 8080
+_EVERY_S = 0.2
+_HEARTBEAT_S = 1.0
 
 
 @contextlib.contextmanager
@@ -78,8 +81,13 @@ class Fakes:
         self._metrics.server_close()
 
     def _run(self) -> None:
-        while not self._stopping.wait(0.2):
-            for work in (self._node, self._pods, self._routes):
+        heard_s = 0.0
+        while not self._stopping.wait(_EVERY_S):
+            if time.monotonic() - heard_s > _HEARTBEAT_S:
+                with contextlib.suppress(EndcapError):
+                    self._node()
+                    heard_s = time.monotonic()
+            for work in (self._pods, self._routes):
                 with contextlib.suppress(EndcapError):
                     work()
 

@@ -10,9 +10,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import httpx
+import aiohttp
+import orjson
 
 from tests.packages import ITEMS
+
+_TOGETHER_S = 0.1
+_MOST_EVENTS = 100
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,6 +52,7 @@ class Shoppers:
     failures: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._events: list[dict[str, str]] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="shoppers", daemon=True)
 
@@ -70,48 +75,61 @@ class Shoppers:
 
     async def _run(self) -> None:
         draw = random.Random(11)
-        limits = httpx.Limits(max_connections=300, max_keepalive_connections=64)
-        async with httpx.AsyncClient(limits=limits, timeout=self.timeout_s, trust_env=False) as client:
+        # Connections are let go of before any server closes them: a request must not meet that.
+        pool = aiohttp.TCPConnector(limit=300, keepalive_timeout=4.0)
+        patience = aiohttp.ClientTimeout(total=self.timeout_s)
+        nobodys = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(connector=pool, timeout=patience, cookie_jar=nobodys) as client:
             start_s, number = time.monotonic(), 0
+            telling = asyncio.create_task(self._tell(client))
             async with asyncio.TaskGroup() as group:
                 while not self._ending.is_set():
                     newest, wants = draw.randrange(len(ITEMS)), draw.random() < 0.5
                     group.create_task(self._ask(client, f"s{number}", newest, wants))
                     number += 1
                     await asyncio.sleep(max(0.0, start_s + number / self.rate - time.monotonic()))
+            await telling
 
-    async def _ask(self, client: httpx.AsyncClient, shopper: str, newest: int, wants: bool) -> None:
+    async def _ask(self, client: aiohttp.ClientSession, shopper: str, newest: int, wants: bool) -> None:
         body = {"shopper": shopper, "history": [ITEMS[newest]], "k": 1}
         headers = {"host": self.host, "x-endcap-shopper": shopper}
         bucket, sent_s = int(shopper[1:]) * 37 % 100, time.monotonic()
         if self.buckets is not None:
             headers[self.buckets] = str(bucket)
         try:
-            answer = await client.post(self.url + "/v1/recommend", json=body, headers=headers)
-        except httpx.HTTPError as error:
+            async with client.post(self.url + "/v1/recommend", json=body, headers=headers) as answer:
+                said = await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             self._note(type(error).__name__, f"{time.time():.1f} {error!r}")
             return
-        if answer.status_code != 200:
-            self._note(str(answer.status_code), f"{time.time():.1f} {answer.status_code} {answer.text[:200]}")
+        if answer.status != 200:
+            self._note(str(answer.status), f"{time.time():.1f} {answer.status} {said[:200]!r}")
             return
         self.statuses["200"] += 1
         version = answer.headers.get("x-endcap-version", "?")
         self.versions[version] += 1
         if self.buckets is not None:
             self.answers.append(Answer(time.monotonic(), sent_s, bucket, version))
-        if self.feedback is None:
+        shown = orjson.loads(said)
+        if self.feedback is None or "impression" not in shown:
             return
-        said = answer.json()
-        token, shown = said.get("impression"), said["items"][0] if said.get("items") else None
-        if token is None:
-            return
-        events = [{"impression": token, "type": "shown"}]
-        if wants and shown == ITEMS[(newest + 1) % len(ITEMS)]:
-            events.append({"impression": token, "type": "clicked", "item": shown})
-        try:
-            await client.post(self.feedback + "/v1/feedback", json={"events": events})
-        except httpx.HTTPError as error:
-            self.failures.append(f"feedback: {error!r}")
+        self._events.append({"impression": shown["impression"], "type": "shown"})
+        if wants and shown["items"][:1] == [ITEMS[(newest + 1) % len(ITEMS)]]:
+            self._events.append({"impression": shown["impression"], "type": "clicked", "item": shown["items"][0]})
+
+    async def _tell(self, client: aiohttp.ClientSession) -> None:
+        """What shoppers saw and clicked, together, as their pages' edge sends it."""
+        while not self._ending.is_set() or self._events:
+            await asyncio.sleep(_TOGETHER_S)
+            events, self._events[:] = self._events[:_MOST_EVENTS], self._events[_MOST_EVENTS:]
+            if not events:
+                continue
+            try:
+                async with client.post(f"{self.feedback}/v1/feedback", json={"events": events}) as answer:
+                    if answer.status >= 300:
+                        self.failures.append(f"feedback: {answer.status} {await answer.text()}")
+            except (aiohttp.ClientError, TimeoutError) as error:
+                self.failures.append(f"feedback: {error!r}")
 
     def _note(self, what: str, detail: str) -> None:
         self.statuses[what] += 1

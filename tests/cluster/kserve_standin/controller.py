@@ -1,15 +1,16 @@
-"""Stand-in for KServe's controller: looks at all InferenceServices again and again, one step of one at a time.
+"""Stand-in for KServe's controller: looks at the InferenceServices of a namespace where something changed, one step of
+one at a time.
 
 The order inside of a step is the real one's, and so are its gaps: canaries first, then orphans are deleted (a
 Deployment and its Service, not its autoscaler) while the route still names them, then stable, then the route, the
-status last. A step that fails, or whose route is not taken up yet, is done again.
+status last. A step that fails is done again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +18,18 @@ from endcap.errors import EndcapError
 from serving.targets.kserve.cluster import Cluster, path_of
 from serving.targets.kserve.errors import ConflictError
 from tests.cluster.kserve_standin import objects, storage
+from tests.cluster.kserve_standin.changes import Changes
 
 Json = dict[str, Any]
 log = logging.getLogger("kserve.standin")
 
 _ALL = "/apis/serving.kserve.io/v1beta1/inferenceservices"
-_EVERY_S = 0.25
+WATCHED = (_ALL, "/apis/apps/v1/deployments", "/api/v1/services", "/apis/autoscaling/v2/horizontalpodautoscalers",
+           "/apis/gateway.networking.k8s.io/v1/httproutes")  # fmt: skip
+_TOGETHER_S = 0.1
+"""Changes within it are looked at together."""
+_EVERY_S = 3.0
+"""All is looked at, changed or not: of what is not watched (runtimes, Secrets), and after a failure."""
 
 
 class StandIn:
@@ -53,28 +60,43 @@ class StandIn:
     def _put(self, path: str, one: Json) -> None:
         self._cluster.apply(f"{path}/{one['metadata']['name']}", one)
 
-    def start(self) -> None:
+    def start(self, changes: Changes) -> None:
+        """``changes``: of :data:`WATCHED`; it is started and stopped with this."""
+        self._changes = changes
+        changes.start()
         self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
+        self._changes.stop()
         self._thread.join(timeout=30)
 
     def _run(self) -> None:
-        while not self._stopping.wait(_EVERY_S):
+        looked_s = 0.0
+        while not self._stopping.is_set():
+            changed = self._changes.take(wait_s=_EVERY_S)
+            if self._stopping.wait(_TOGETHER_S):
+                return
+            changed |= self._changes.take(wait_s=0)
+            if everything := time.monotonic() - looked_s >= _EVERY_S:
+                looked_s = time.monotonic()
             try:
                 services = self._cluster.items(_ALL) or []
             except EndcapError as error:
                 log.warning("%s", error)
                 continue
             for service in services:
-                with contextlib.suppress(ConflictError):  # again, on what is there then
-                    try:
-                        self.step(service)
-                    except ConflictError:
-                        raise
-                    except (EndcapError, KeyError, StopIteration) as error:
-                        log.warning("%s: %r", service["metadata"]["name"], error)
+                if everything or service["metadata"]["namespace"] in changed:
+                    self._look(service)
+
+    def _look(self, service: Json) -> None:
+        meta = service["metadata"]
+        try:
+            self.step(service)
+        except ConflictError:
+            self._changes.note(meta["namespace"])  # again, on what is there then
+        except (EndcapError, KeyError, StopIteration) as error:
+            log.warning("%s: %r", meta["name"], error)
 
     def step(self, service: Json) -> None:
         """One reconciliation."""

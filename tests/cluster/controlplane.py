@@ -164,6 +164,9 @@ class ControlPlane:
             # A node that is lost is noticed within a test's patience.
             "--node-monitor-period=2s",
             "--node-monitor-grace-period=16s",
+            # Claims that came before their volume, and autoscalers, are looked at more often than each 15 s.
+            "--pvclaimbinder-sync-period=1s",
+            "--horizontal-pod-autoscaler-sync-period=5s",
         )
 
     def _start_scheduler(self) -> None:

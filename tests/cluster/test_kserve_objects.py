@@ -169,7 +169,7 @@ def test_a_node_that_is_not_there_is_the_reason(cluster: Cluster, namespace: str
         "resources": {"limits": {"nvidia.com/gpu": "1"}, "requests": {"nvidia.com/gpu": "1"}}}]}  # fmt: skip
     cluster.create(runtimes, gpu)
     delivery = FixedDelivery({"2": Storage("pvc://models/recommender/2", runtime="endcap-gpu")})
-    target = KServeTarget(cluster, SERVICE, namespace, delivery, patience=Patience(capacity_s=20, route_s=120))
+    target = KServeTarget(cluster, SERVICE, namespace, delivery, patience=Patience(capacity_s=12, route_s=120))
     token = target.acquire("test")
     with pytest.raises(Exception, match=r"\d+ of \d+ nodes are available: .*nvidia\.com/gpu"):
         target.ensure_capacity({TWO: 0.1, ONE: 0.9}, token=token)

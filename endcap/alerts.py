@@ -82,11 +82,9 @@ def burn_rate_rules(declared: Objectives) -> AlertRules:
         good, total = counters
         recordings += [_recording(window, good, total, labels) for window in _ALL_WINDOWS]
         alerts += _alerts(objective, total, labels)
-    groups: list[dict[str, Any]] = []
-    if recordings:
-        groups.append({"name": f"endcap-{declared.name}-shares", "interval": "30s", "rules": recordings})
-        groups.append({"name": f"endcap-{declared.name}-alerts", "interval": "30s", "rules": alerts})
-    return AlertRules(tuple(groups), without)
+    # One group, whose rules run in their order: an alert never reads the shares of the round before.
+    group = {"name": f"endcap-{declared.name}", "interval": "30s", "rules": [*recordings, *alerts]}
+    return AlertRules((group,) if recordings else (), without)
 
 
 def _counters(objective: Objective, service: str) -> tuple[Selector, Selector] | str:

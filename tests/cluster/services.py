@@ -18,7 +18,7 @@ from tests.cluster import programs
 from tests.cluster.access import Access
 from tests.cluster.archives import ENVOY_IMAGE, SHUTDOWN_IMAGE
 from tests.cluster.controlplane import ControlPlane
-from tests.cluster.daemons import Daemons
+from tests.cluster.daemons import READY_S, Daemons
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.net import Net
 
@@ -72,6 +72,8 @@ cluster.local:53 in-addr.arpa:53 {{
         crds = programs.ensure_documents(programs.GATEWAY_CRDS)
         if not known.exists() or known.read_text() != crds.name:
             self.access.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+            # Envoy Gateway ends where it does not find a kind that it works on.
+            self.access.kubectl("wait", "--for=condition=Established", "-f", str(crds), f"--timeout={READY_S:.0f}s")
             known.write_text(crds.name)
 
     def start_gateway(self) -> None:
@@ -120,6 +122,11 @@ cluster.local:53 in-addr.arpa:53 {{
             inside,
         )
         self.access.apply(*_gateway_class())
+        self.daemons.wait_until(self._takes_gateways, "envoy-gateway")
+
+    def _takes_gateways(self) -> bool:
+        waited = ("wait", f"gatewayclass/{GATEWAY_CLASS}", "--for=condition=Accepted", "--timeout=2s")
+        return self.access.try_kubectl(*waited).returncode == 0 and "envoy-gateway" in self.daemons.running()
 
     def start_fake_nodes(self, count: int, with_gpus: int) -> None:
         """``count`` nodes that run nothing and say they do; the first ``with_gpus`` of them have 8 GPUs each."""

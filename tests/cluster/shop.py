@@ -24,10 +24,9 @@ from serving.operator.objects import rollout_path
 from serving.targets.kserve import Cluster
 from serving.targets.kserve.cluster import path_of
 from tests.cluster.access import Access
+from tests.cluster.chart import CHART, RELEASE, helm, keys_secret, volume
 from tests.cluster.kserve import DOMAIN, GATEWAY
 from tests.cluster.kserve_load import Shoppers
-from tests.cluster.test_chart import CHART, RELEASE, helm
-from tests.cluster.test_chart_pods import keys_secret, volume
 from tests.kserve_world import SERVICE, service
 from tests.packages import ITEMS, make_package
 from tests.process import wait_until

@@ -6,11 +6,8 @@ and ``helm test`` passes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cluster.access import PATIENCE_S, Access
-from tests.cluster.kserve_standin import schemas as kserve
+from tests.cluster.access import Access
+from tests.cluster.chart import ACCOUNT, CHART, RELEASE, helm, installed, know_kserve, values
 from tests.cluster.rights import as_account
 
 Json = dict[str, Any]
-CHART = Path(__file__).parents[2] / "charts" / "endcap"
-RELEASE = "endcap"
-ACCOUNT = "endcap-operator"
 
 
 @pytest.fixture(scope="module")
@@ -33,37 +27,6 @@ def with_kserve(control_plane: Access) -> Access:
     """A cluster that knows KServe's kinds; where there is no KServe, by the stand-in's CRDs."""
     know_kserve(control_plane)
     return control_plane
-
-
-def know_kserve(access: Access) -> None:
-    for crd in kserve.crds():
-        name = crd["metadata"]["name"]
-        if access.try_kubectl("get", "crd", name).returncode != 0:
-            access.apply(crd)
-        deadline_s = time.monotonic() + PATIENCE_S
-        while access.try_kubectl("get", name).returncode != 0:
-            assert time.monotonic() < deadline_s, name
-
-
-def helm(access: Access, *arguments: str, fails: bool = False) -> str:
-    ran = access.helm(*arguments, deadline_s=PATIENCE_S * 3)
-    assert (ran.returncode != 0) is fails, ran.stdout + ran.stderr
-    return ran.stdout + ran.stderr
-
-
-def values(*settings: str) -> list[str]:
-    return [argument for setting in settings for argument in ("--set", setting)]
-
-
-@contextlib.contextmanager
-def installed(access: Access, namespace: str, *settings: str) -> Iterator[str]:
-    """The release in ``namespace``; what helm said. Gone afterwards, with the claims that it keeps."""
-    said = helm(access, "install", RELEASE, str(CHART), "--namespace", namespace, *values(*settings))
-    try:
-        yield said
-    finally:
-        access.helm("uninstall", RELEASE, "--namespace", namespace, "--wait")
-        access.try_kubectl("delete", "pvc", "--all", "--namespace", namespace, "--wait=false")
 
 
 def mine(access: Access, namespace: str) -> set[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.access import Access
+from tests.cluster.chart import ACCOUNT, installed, know_kserve
+from tests.cluster.operators import GOOD, WORSE, World
 from tests.cluster.rights import as_account
-from tests.cluster.test_chart import ACCOUNT, installed, know_kserve
-from tests.cluster.test_operator import GOOD, WORSE, World
 
 
 @pytest.mark.parametrize("watched", ["named", "all"])

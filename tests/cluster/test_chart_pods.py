@@ -2,69 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from serving import impressions
 from tests.cluster.access import Access
-from tests.cluster.test_chart import CHART, RELEASE, helm, know_kserve, values
-from tests.packages import make_package
+from tests.cluster.chart import CHART, RELEASE, helm, keys_secret, know_kserve, values, volume
 from tests.process import wait_until
 
 Json = dict[str, Any]
 PATIENCE_S = 300.0
-
-
-def keys_secret(folder: Path) -> Json:
-    """The Secret that collector and servers mount: a signing key's public half and an impression key."""
-    make_package(folder / "package")
-    impressions.ensure_key(folder / "impression.key")
-    return {
-        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "endcap-keys"},
-        "stringData": {"signing.pub": (folder / "keys" / "signing.pub").read_text(),
-                       "impression.key": (folder / "impression.key").read_text()},
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def volume(access: Access, namespace: str, image: str, of: str = "collector") -> Iterator[str]:
-    """The storage value of a part: of the cluster's own class where it has a default, else a folder of the node."""
-    classes = access.get("storageclasses")["items"]
-    default = "storageclass.kubernetes.io/is-default-class"
-    if any((one["metadata"].get("annotations") or {}).get(default) == "true" for one in classes):
-        yield f"{of}.storage.size=1Gi"
-        return
-    path = f"/var/lib/endcap-tests/{namespace}"
-    open_it = f"import os; os.makedirs({path!r}, exist_ok=True); os.chmod({path!r}, 0o777)"
-    access.apply(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "folder"}, "spec": {
-            "restartPolicy": "Never", "containers": [{
-                "name": "folder", "image": image, "imagePullPolicy": "IfNotPresent",
-                "command": ["python", "-c", open_it],
-                "securityContext": {"runAsUser": 0},
-                "volumeMounts": [{"name": "node", "mountPath": "/var/lib/endcap-tests"}],
-            }],
-            "volumes": [{"name": "node", "hostPath": {"path": "/var/lib/endcap-tests", "type": "DirectoryOrCreate"}}],
-        }},
-        {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": f"data-{namespace}"}, "spec": {
-            "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": "",
-            "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": path, "type": "Directory"},
-        }},
-        {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"}, "spec": {
-            "accessModes": ["ReadWriteOnce"], "storageClassName": "", "volumeName": f"data-{namespace}",
-            "resources": {"requests": {"storage": "1Gi"}},
-        }},
-        namespace=namespace,
-    )  # fmt: skip
-    access.wait("pod/folder", "jsonpath={.status.phase}=Succeeded", namespace)
-    try:
-        yield f"{of}.storage.existingClaim=data"
-    finally:
-        access.kubectl("delete", "pv", f"data-{namespace}", "--ignore-not-found", "--wait=false")
 
 
 ASK = """

@@ -29,8 +29,7 @@ from serving.targets.kserve import Cluster, MLflowDelivery, Storage
 from serving.targets.kserve.cluster import path_of
 from tests.cluster import images, pods, programs
 from tests.cluster.access import Access
-from tests.cluster.test_chart import CHART, RELEASE, helm, values
-from tests.cluster.test_chart_pods import keys_secret, volume
+from tests.cluster.chart import CHART, RELEASE, helm, keys_secret, values, volume
 from tests.packages import ITEMS, make_package
 from tests.process import wait_until
 

@@ -24,7 +24,7 @@ import yaml
 from chaos.pods import Pod, choose_pod
 from endcap.errors import TargetError
 from tests.cluster.access import Access
-from tests.cluster.test_chart import CHART, installed, know_kserve
+from tests.cluster.chart import CHART, installed, know_kserve
 from tests.process import wait_until
 
 Json = dict[str, Any]

@@ -22,10 +22,10 @@ from serving.targets.kserve.cluster import path_of
 from tests.cluster import cluster as clusters
 from tests.cluster import programs
 from tests.cluster.access import Access
+from tests.cluster.chart import ACCOUNT, installed, know_kserve
 from tests.cluster.kserve_fakes import furnished
+from tests.cluster.operators import World, eventually
 from tests.cluster.rights import as_account
-from tests.cluster.test_chart import ACCOUNT, installed, know_kserve
-from tests.cluster.test_operator import World, eventually
 from tests.kserve_world import SERVICE, service
 
 Json = dict[str, Any]

@@ -112,10 +112,12 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
                 access.apply(one)
             yield
         finally:
-            access.kubectl("delete", "mutatingwebhookconfiguration,validatingwebhookconfiguration",
-                           "inferenceservice.serving.kserve.io", "--ignore-not-found")  # fmt: skip
-            process.terminate()
-            process.wait(timeout=30)
+            try:  # of a cluster that goes on; one of the tests' own may have ended before
+                access.try_kubectl("delete", "mutatingwebhookconfiguration,validatingwebhookconfiguration",
+                                   "inferenceservice.serving.kserve.io", "--ignore-not-found")  # fmt: skip
+            finally:
+                process.terminate()
+                process.wait(timeout=30)
             if kept := os.environ.get("ENDCAP_TEST_KSERVE_LOG"):
                 Path(kept).write_bytes(log.read_bytes())
 

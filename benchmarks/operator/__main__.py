@@ -94,7 +94,7 @@ class _ControlPlane:
         ended = subprocess.run([sys.executable, "-m", "tests.cluster", *arguments, "--folder", str(self.folder)],
                                capture_output=True, text=True, check=False)  # fmt: skip
         if ended.returncode:
-            raise OutcomeError(f"the test cluster: {ended.stderr.strip()[-400:]}", where=self.folder)
+            raise OutcomeError(f"the test cluster: {(ended.stderr or ended.stdout).strip()[-400:]}", where=self.folder)
 
     def install(self, documents: Callable[[], list[dict[str, Any]]]) -> None:
         path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,10 @@ FOLDER_SETTING = "ENDCAP_TEST_CLUSTER"
 
 _NETS = (201, 216)
 """Full clusters have 10.201.0.0/16, 10.202.0.0/16, ...: the first that nobody on this machine has."""
+
+_PORTS = (20_000, 32_000)
+"""Of control planes without a node: none that the system gives to connections, or one of the API server's own may have
+it before the scheduler does."""
 
 _SERVICES = "10.96.0.0/16"
 """Where there is no node, nothing is routed there."""
@@ -157,13 +163,15 @@ class Cluster:
             raise ClusterError(reason)
         self.folder.mkdir(parents=True, exist_ok=True)
         with programs.locked(self._lock):
-            if kind is Kind.CONTROL_PLANE:
-                self._found(kind)
-                self.control_plane.up()
-                return
-            for name in _FULL:
+            for name in _FULL if kind is Kind.FULL else controlplane.PROGRAMS:
                 programs.ensure(name)
-            # From the choice of addresses until they are taken, nobody else chooses.
+            # From the choice of ports or addresses until they are taken, nobody else chooses.
+            if kind is Kind.CONTROL_PLANE:
+                with programs.locked(_addresses()):
+                    self._found(kind)
+                    self.control_plane.up()
+                    self.control_plane.settle()
+                return
             with programs.locked(_addresses()):
                 self._found(kind)
                 self.namespaces.up()
@@ -225,6 +233,7 @@ class Cluster:
             known.result()
             loaded.result()
         services.start_gateway()
+        self.control_plane.settle()
         nodes = (NODE, *(f"fake-{number}" for number in range(_FAKE_NODES)))
         there = (*(f"node/{name}" for name in nodes), f"--timeout={READY_S:.0f}s")
         self.access.kubectl("wait", "--for=create", *there, deadline_s=READY_S + 10)
@@ -279,11 +288,15 @@ def _addresses() -> Path:
 def _new_charter(kind: Kind) -> Charter:
     if kind is Kind.FULL:
         return Charter(kind, Ports(), free_second(*_NETS))
-    sockets = [socket.socket() for _ in range(5)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return Charter(kind, Ports(*(one.getsockname()[1] for one in sockets)))
-    finally:
-        for one in sockets:
-            one.close()
+    return Charter(kind, Ports(*_free_ports(5)))
+
+
+def _free_ports(count: int) -> list[int]:
+    found: list[int] = []
+    for port in random.sample(range(*_PORTS), 50 * count):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise ClusterError(f"no {count} free ports in {_PORTS[0]} to {_PORTS[1]}")

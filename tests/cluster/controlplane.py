@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tests.cluster import programs
@@ -64,6 +67,21 @@ class ControlPlane:
         self.wait()
         self._start_controller_manager()
         self._start_scheduler()
+
+    def settle(self) -> None:
+        """Until controllers and scheduler listen too.
+
+        Raises:
+            ClusterError: one of them ended, or does not come.
+        """
+        ports = {"kube-controller-manager": self.ports.controller_manager, "kube-scheduler": self.ports.scheduler}
+        for name, port in ports.items():
+            self.daemons.wait_until(partial(self._listens, port), name)
+
+    def _listens(self, port: int) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((self.host, port), timeout=1):
+            return True
+        return False
 
     def wait(self) -> None:
         """Until the API server says that it is ready.

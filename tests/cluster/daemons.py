@@ -26,6 +26,28 @@ READY_S = 120.0
 _LAST_LINES = 15
 
 
+def write_settings(file: Path, text: str) -> None:
+    """Unless it says so already: kube-proxy ends, and Envoy Gateway begins anew and may end, when their settings are
+    written, be it with the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
+_KERNEL_THREAD = 0x200000
+"""PF_KTHREAD in the flags of ``/proc/PID/stat`` (proc(5))."""
+
+_EXECS_S = 0.05
+
+
+def _environment(process: Path) -> list[bytes]:
+    """Empty for a moment while a process becomes another program (execve), which must not look like its end."""
+    until_s = time.monotonic() + _EXECS_S
+    while not (found := (process / "environ").read_bytes()) and time.monotonic() < until_s:
+        time.sleep(0.001)
+    return found.split(b"\0")
+
+
 @dataclass(frozen=True, slots=True)
 class Daemons:
     """The processes of the cluster in ``folder``: their ``logs/``, and in ``started/`` how each was started."""
@@ -125,9 +147,10 @@ class Daemons:
 
     def _name_of(self, process: Path) -> str | None:
         try:
-            if (process / "stat").read_text().rpartition(")")[2].split()[0] in {"Z", "X"}:
+            state, *numbers = (process / "stat").read_text().rpartition(")")[2].split()
+            if state in {"Z", "X"} or int(numbers[5]) & _KERNEL_THREAD:
                 return None
-            variables = (process / "environ").read_bytes().split(b"\0")
+            variables = _environment(process)
         except OSError:
             return None
         if f"{_MARK}={self.folder}".encode() not in variables:

@@ -14,7 +14,7 @@ import yaml
 from tests.cluster import programs
 from tests.cluster.archives import PAUSE_IMAGE
 from tests.cluster.controlplane import ControlPlane
-from tests.cluster.daemons import Daemons
+from tests.cluster.daemons import Daemons, write_settings
 from tests.cluster.errors import ClusterError
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.net import Net
@@ -50,9 +50,9 @@ class Node:
 
     def start_containerd(self) -> None:
         """Needs no API server."""
-        self._write("containerd.toml", self._containerd())
-        self._write("resolv.conf", "")
-        self._write("cni/10-endcap.conflist", json.dumps(self._network(), indent=1))
+        write_settings(self._file("containerd.toml"), self._containerd())
+        write_settings(self._file("resolv.conf"), "")
+        write_settings(self._file("cni/10-endcap.conflist"), json.dumps(self._network(), indent=1))
         self._start("containerd", "containerd", f"--config={self._file('containerd.toml')}")
         self.daemons.wait_until(self._answers, "containerd")
 
@@ -60,7 +60,7 @@ class Node:
         kubeconfig = self.control_plane.authority.kubeconfig(
             self._file("kubelet.kubeconfig"), self.control_plane.server, f"system:node:{NAME}", "system:nodes"
         )
-        self._write("kubelet.yaml", yaml.safe_dump(self._kubelet(), sort_keys=False))
+        write_settings(self._file("kubelet.yaml"), yaml.safe_dump(self._kubelet(), sort_keys=False))
         self._start(
             "kubelet",
             str(programs.path("kubelet")),
@@ -75,7 +75,7 @@ class Node:
         kubeconfig = self.control_plane.authority.kubeconfig(
             self._file("kube-proxy.kubeconfig"), self.control_plane.server, "system:kube-proxy"
         )
-        self._write("kube-proxy.yaml", yaml.safe_dump(self._kube_proxy(kubeconfig), sort_keys=False))
+        write_settings(self._file("kube-proxy.yaml"), yaml.safe_dump(self._kube_proxy(kubeconfig), sort_keys=False))
         self._start("kube-proxy", str(programs.path("kube-proxy")), f"--config={self._file('kube-proxy.yaml')}")
 
     def images(self) -> set[str]:
@@ -191,13 +191,6 @@ disabled_plugins = {json.dumps(_UNUSED)}
 
     def _file(self, name: str) -> Path:
         return self.folder / "node" / name
-
-    def _write(self, name: str, text: str) -> None:
-        file = self._file(name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # kube-proxy ends when its settings are written, be it with the same.
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
 
     def _start(self, name: str, *command: str) -> None:
         self.daemons.start(name, command, prefix=self.namespaces.enter)

@@ -18,7 +18,7 @@ from tests.cluster import programs
 from tests.cluster.access import Access
 from tests.cluster.archives import ENVOY_IMAGE, SHUTDOWN_IMAGE
 from tests.cluster.controlplane import ControlPlane
-from tests.cluster.daemons import READY_S, Daemons
+from tests.cluster.daemons import READY_S, Daemons, write_settings
 from tests.cluster.namespaces import Namespaces
 from tests.cluster.net import Net
 
@@ -98,8 +98,8 @@ cluster.local:53 in-addr.arpa:53 {{
         program = root / "envoy-gateway"
         if not program.exists():
             shutil.copy2(programs.ensure("envoy-gateway"), program)
-        (root / "config" / "kubeconfig").write_bytes(self._kubeconfig("envoy-gateway").read_bytes())
-        (root / "config" / "envoy-gateway.yaml").write_text(yaml.safe_dump(_envoy_gateway()))
+        write_settings(root / "config" / "kubeconfig", self._kubeconfig("envoy-gateway").read_text())
+        write_settings(root / "config" / "envoy-gateway.yaml", yaml.safe_dump(_envoy_gateway()))
         environment = {
             "KUBECONFIG": "/config/kubeconfig",
             "ENVOY_GATEWAY_NAMESPACE": _GATEWAY_NAMESPACE,

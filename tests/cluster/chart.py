@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from serving import impressions
 from tests.cluster.access import PATIENCE_S, Access
 from tests.cluster.kserve_standin import schemas as kserve
 from tests.packages import make_package
+from tests.process import wait_until
 
 Json = dict[str, Any]
 CHART = Path(__file__).parents[2] / "charts" / "endcap"
@@ -25,9 +25,7 @@ def know_kserve(access: Access) -> None:
         name = crd["metadata"]["name"]
         if access.try_kubectl("get", "crd", name).returncode != 0:
             access.apply(crd)
-        deadline_s = time.monotonic() + PATIENCE_S
-        while access.try_kubectl("get", name).returncode != 0:
-            assert time.monotonic() < deadline_s, name
+        wait_until(lambda name=name: access.try_kubectl("get", name).returncode == 0, name, deadline_s=PATIENCE_S)
 
 
 def helm(access: Access, *arguments: str, fails: bool = False) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -23,16 +20,13 @@ from tests.cluster.namespaces import Namespaces, free_second
 from tests.cluster.net import Net
 from tests.cluster.node import NAME as NODE
 from tests.cluster.node import Node
+from tests.cluster.ports import free_ports
 from tests.cluster.services import Services
 
 FOLDER_SETTING = "ENDCAP_TEST_CLUSTER"
 
 _NETS = (201, 216)
 """Full clusters have 10.201.0.0/16, 10.202.0.0/16, ...: the first that nobody on this machine has."""
-
-_PORTS = (20_000, 32_000)
-"""Of control planes without a node: none that the system gives to connections, or one of the API server's own may have
-it before the scheduler does."""
 
 _SERVICES = "10.96.0.0/16"
 """Where there is no node, nothing is routed there."""
@@ -166,16 +160,15 @@ class Cluster:
             for name in _FULL if kind is Kind.FULL else controlplane.PROGRAMS:
                 programs.ensure(name)
             # From the choice of ports or addresses until they are taken, nobody else chooses.
-            if kind is Kind.CONTROL_PLANE:
-                with programs.locked(_addresses()):
-                    self._found(kind)
-                    self.control_plane.up()
-                    self.control_plane.settle()
-                return
             with programs.locked(_addresses()):
                 self._found(kind)
-                self.namespaces.up()
-            self._up_full()
+                if kind is Kind.CONTROL_PLANE:
+                    self.control_plane.up()
+                    self.control_plane.settle()
+                else:
+                    self.namespaces.up()
+            if kind is Kind.FULL:
+                self._up_full()
 
     def load_image(self, role: str) -> None:
         """Bring our image of ``role`` to the node, built if need be.
@@ -288,15 +281,4 @@ def _addresses() -> Path:
 def _new_charter(kind: Kind) -> Charter:
     if kind is Kind.FULL:
         return Charter(kind, Ports(), free_second(*_NETS))
-    return Charter(kind, Ports(*_free_ports(5)))
-
-
-def _free_ports(count: int) -> list[int]:
-    found: list[int] = []
-    for port in random.sample(range(*_PORTS), 50 * count):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise ClusterError(f"no {count} free ports in {_PORTS[0]} to {_PORTS[1]}")
+    return Charter(kind, Ports(*free_ports(5)))

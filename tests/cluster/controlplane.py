@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -14,6 +12,7 @@ from pathlib import Path
 from tests.cluster import programs
 from tests.cluster.daemons import Daemons
 from tests.cluster.pki import Authority
+from tests.cluster.ports import listens
 
 PROGRAMS = ("etcd", "kube-apiserver", "kubectl", "kube-controller-manager", "kube-scheduler")
 
@@ -57,9 +56,7 @@ class ControlPlane:
         return self.folder / "kubeconfig"
 
     def up(self) -> None:
-        """Start what does not run, and wait until the API server is ready."""
-        for name in PROGRAMS:
-            programs.ensure(name)
+        """Start what does not run, and wait until the API server is ready. Its :data:`PROGRAMS` are built before."""
         self.authority.create()
         self.authority.kubeconfig(self.kubeconfig, self.server, "endcap-test-admin", "system:masters")
         self._start_etcd()
@@ -76,12 +73,7 @@ class ControlPlane:
         """
         ports = {"kube-controller-manager": self.ports.controller_manager, "kube-scheduler": self.ports.scheduler}
         for name, port in ports.items():
-            self.daemons.wait_until(partial(self._listens, port), name)
-
-    def _listens(self, port: int) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection((self.host, port), timeout=1):
-            return True
-        return False
+            self.daemons.wait_until(partial(listens, self.host, port), name)
 
     def wait(self) -> None:
         """Until the API server says that it is ready.

@@ -11,7 +11,6 @@ import base64
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tests.cluster.kserve_standin.changes import Changes
 from tests.cluster.kserve_standin.controller import WATCHED, StandIn
 from tests.cluster.kserve_standin.storage import Settings
 from tests.cluster.pki import Authority
+from tests.cluster.ports import free_ports, listens
 from tests.process import wait_until
 
 SETTING = "ENDCAP_TEST_KSERVE"
@@ -97,7 +97,7 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
     serving.mkdir(parents=True)
     (serving / "tls.crt").write_bytes(certificate.read_bytes())
     (serving / "tls.key").write_bytes(key.read_bytes())
-    port, metrics, health = _free_ports(3)
+    port, metrics, health = free_ports(3)
     log = scratch / "manager.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -107,7 +107,7 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
             env={**access.environment, "TMPDIR": str(scratch), "POD_NAMESPACE": "kserve"},
         )  # fmt: skip
         try:
-            wait_until(lambda: _listens(host, port) or _ended(process, log), "KServe's webhooks answer", deadline_s=120)
+            wait_until(lambda: listens(host, port) or _ended(process, log), "KServe's webhooks answer", deadline_s=120)
             for one in _webhooks(source / "webhook" / "manifests.yaml", f"https://{host}:{port}", authority):
                 access.apply(one)
             yield
@@ -124,12 +124,6 @@ def _real(access: Access, folder: Path, scratch: Path, gateway: str) -> Iterator
 
 def _ended(process: subprocess.Popen[bytes], log: Path) -> bool:
     assert process.poll() is None, log.read_text()[-2000:]
-    return False
-
-
-def _listens(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
-        return True
     return False
 
 
@@ -164,14 +158,3 @@ def _webhooks(path: Path, url: str, authority: Authority) -> list[dict[str, Any]
             hook["admissionReviewVersions"] = ["v1", "v1beta1"]
         found.append(one)
     return found
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -24,7 +24,7 @@ from tests.cluster import programs
 from tests.cluster.access import Access
 from tests.cluster.chart import ACCOUNT, installed, know_kserve
 from tests.cluster.kserve_fakes import furnished
-from tests.cluster.operators import World, eventually
+from tests.cluster.operators import World, eventually, install
 from tests.cluster.rights import as_account
 from tests.kserve_world import SERVICE, service
 
@@ -173,7 +173,7 @@ def test_what_the_cluster_lacks_is_said(own_control_plane: clusters.Cluster, tmp
     would leave behind is written by hand."""
     access = Access(own_control_plane.kubeconfig, cluster=own_control_plane)
     know_kserve(access)
-    access.kubectl("apply", "--server-side", "-f", str(Path(__file__).parents[2] / "charts" / "endcap" / "crds"))
+    install(access)
     with (
         contextlib.closing(open_cluster(kubeconfig=str(access.kubeconfig))) as cluster,
         access.namespace() as namespace,
